@@ -1,0 +1,54 @@
+# The commands that the README and CI use. `make help` lists them.
+#
+# The first run makes .venv here and installs the versions of constraints.txt; a change of
+# pyproject.toml or constraints.txt installs again. PYTHON=/path/to/python chooses another Python.
+
+# The first that starts and is 3.11 or newer: a pyenv shim may exist and yet not run.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo "$$p" && break; done)
+BIN := .venv/bin
+SETUP := pyproject.toml constraints.txt
+# Set-up talks on standard error and leaves standard input to the program.
+INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
+QUIET := </dev/null >&2
+
+PROMPT ?=
+ARGS ?=
+export PROMPT
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check bench docs
+.SILENT:
+
+help: ## list these commands
+	sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile
+
+run: .venv/base-installed ## generate: PROMPT="Once upon a time", or standard input, or a session; ARGS="--stats"
+	$(BIN)/tramontane run $${PROMPT:+--prompt "$$PROMPT"} $(ARGS)
+
+test: .venv/dev-installed ## run the tests; ARGS="tests/nn -x"
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/dev-installed ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/dev-installed ## print the tables of docs/benchmarks.md for this machine
+	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; done
+
+docs: .venv/dev-installed ## check that every file and command that the documents name exists
+	$(BIN)/python -m pytest tests/test_docs.py $(ARGS)
+
+# torch first and pinned: left to the resolver it may come with gigabytes of CUDA libraries.
+.venv/base-installed: $(SETUP)
+	test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; use make PYTHON=/path/to/python" >&2; exit 1; }
+	echo "Setting up .venv with $(PYTHON): once, a few minutes" >&2
+	test -x $(BIN)/python || "$(PYTHON)" -m venv .venv $(QUIET)
+	$(INSTALL) torch==2.13.0 $(QUIET)
+	$(INSTALL) -e . $(QUIET)
+	touch $@
+
+.venv/dev-installed: .venv/base-installed
+	$(INSTALL) -e '.[dev]' $(QUIET)
+	touch $@

@@ -1,0 +1,224 @@
+import pytest
+import torch
+from tests.oracles.hf import to_hf_model
+from tests.tiny import make_config, make_model, make_tokens
+
+from tramontane.engine import kv_cache
+from tramontane.engine.engine import Engine
+from tramontane.engine.sampling_params import SamplingParams
+from tramontane.engine.sequence import Sequence
+from tramontane.engine.text_output import TextOutput
+from tramontane.errors import CapacityError, CheckpointError, ConfigError, ContextError, RequestError
+
+EOS = 2
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+
+
+class LetterDecoder:
+    """Token n is the letter n + 100."""
+
+    def push(self, token_id):
+        return chr(100 + token_id)
+
+    def finish(self):
+        return ""
+
+
+def make_sequence(prompt, params=GREEDY, *, eos_ids=frozenset({EOS}), max_seq_len=256, routing=False):
+    return Sequence(
+        [int(token) for token in prompt], params,
+        text_output=TextOutput(LetterDecoder(), stop=params.stop),
+        eos_ids=eos_ids, max_seq_len=max_seq_len, collect_routing=routing,
+    )  # fmt: skip
+
+
+def finish_all(engine, *sequences):
+    for sequence in sequences:
+        engine.add(sequence)
+    while not all(sequence.is_finished for sequence in sequences):
+        engine.step()
+    assert engine.num_unfinished == 0
+    assert engine.num_cache_bytes == 0
+    return [sequence.build_completion() for sequence in sequences]
+
+
+def generate(model, prompt, params=GREEDY, **options):
+    [completion] = finish_all(Engine(model), make_sequence(prompt, params, **options))
+    return list(completion.token_ids)
+
+
+def generate_hf(hf_model, prompt, max_new_tokens):
+    ids = hf_model.generate(
+        prompt[None], max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=EOS, pad_token_id=0
+    )
+    return ids[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("changes", [{}, {"moe": None}, {"sliding_window": 8}])
+@pytest.mark.parametrize("prompt_len", [1, 7, 30])
+def test_greedy_equals_transformers_generate(changes, prompt_len):
+    model = make_model(make_config(**changes))
+    prompt = make_tokens(prompt_len, seed=prompt_len)
+    expected = generate_hf(to_hf_model(model), prompt, 40)
+    assert generate(model, prompt, SamplingParams(temperature=0, max_tokens=40)) == expected
+
+
+@pytest.mark.parametrize("budget", [4, 7, 16, 512])
+@pytest.mark.parametrize("window", [None, 8])
+def test_batch_of_ragged_prompts_equals_each_alone(budget, window):
+    model = make_model(make_config(sliding_window=window))
+    prompts = [make_tokens(length, seed=length) for length in (1, 3, 9, 20, 33, 5)]
+    alone = [generate(model, prompt) for prompt in prompts]
+    engine = Engine(model, max_num_batched_tokens=budget, max_num_seqs=4)
+    together = finish_all(engine, *map(make_sequence, prompts))
+    assert [list(completion.token_ids) for completion in together] == alone
+
+
+def test_seed_gives_the_same_answer_in_any_company():
+    model = make_model()
+    params = SamplingParams(seed=11, max_tokens=15, temperature=1, top_k=20, repetition_penalty=1.2)
+    prompt, others = make_tokens(6), [make_tokens(n, seed=n) for n in (2, 15, 40)]
+    alone = generate(model, prompt, params)
+    company = [make_sequence(p, SamplingParams(temperature=1, max_tokens=20)) for p in others]
+    crowd = finish_all(Engine(model), *company, make_sequence(prompt, params))
+    assert list(crowd[-1].token_ids) == alone
+    assert generate(model, prompt, params) == alone
+
+
+def test_generation_stops_at_any_eos_and_keeps_its_id():
+    model, prompt = make_model(), make_tokens(5)
+    free = generate(model, prompt, eos_ids=frozenset())
+    sequence = make_sequence(prompt, eos_ids=frozenset({free[3], 999}))
+    [completion] = finish_all(Engine(model), sequence)
+    end = free.index(free[3]) + 1
+    assert list(completion.token_ids) == free[:end]
+    assert completion.finish_reason == "stop"
+    assert completion.text == "".join(chr(100 + token) for token in free[: end - 1])
+
+
+def test_stop_text_ends_the_answer_and_is_not_in_it():
+    model, prompt = make_model(), make_tokens(5)
+    text = "".join(chr(100 + token) for token in generate(model, prompt))
+    stop = text[4:6]
+    params = SamplingParams(temperature=0, max_tokens=12, stop=stop)
+    [completion] = finish_all(Engine(model), make_sequence(prompt, params))
+    assert completion.text == text[: text.index(stop)]
+    assert completion.finish_reason == "stop"
+
+
+def test_max_tokens_and_a_full_context_end_with_length():
+    model = make_model()
+    [completion] = finish_all(Engine(model), make_sequence(make_tokens(5), eos_ids=frozenset()))
+    assert (completion.num_completion_tokens, completion.finish_reason) == (12, "length")
+    sequence = make_sequence(make_tokens(5), eos_ids=frozenset(), max_seq_len=9)
+    [completion] = finish_all(Engine(model), sequence)
+    assert (completion.num_completion_tokens, completion.finish_reason) == (4, "length")
+    assert completion.num_prompt_tokens == 5
+
+
+def test_prompt_beyond_the_context_names_both_numbers():
+    with pytest.raises(ContextError, match="300 tokens.*holds 256"):
+        make_sequence(range(300))
+    with pytest.raises(ContextError):
+        make_sequence(range(256))
+    assert make_sequence(range(255)).max_len == 256
+
+
+def test_prompt_without_tokens_is_refused():
+    with pytest.raises(RequestError, match="no token"):
+        make_sequence([])
+
+
+@pytest.mark.parametrize("budget", [3, 512])
+def test_routing_covers_every_token_that_ran(budget):
+    model, prompt = make_model(), make_tokens(7)
+    sequence = make_sequence(prompt, eos_ids=frozenset(), routing=True)
+    engine = Engine(model, max_num_batched_tokens=budget, max_num_seqs=1)
+    [completion] = finish_all(engine, sequence)
+    tokens = torch.tensor([*prompt, *completion.token_ids[:-1]])
+    with torch.inference_mode():
+        routing = model.forward_packed(tokens, [len(tokens)]).routing
+    expected = torch.stack([layer.experts for layer in routing], dim=1)
+    assert completion.selected_experts.shape == (7 + 12 - 1, 2, 2)
+    assert completion.selected_experts.tolist() == expected.tolist()
+
+
+def test_dense_models_have_no_routing():
+    model = make_model(make_config(moe=None))
+    [completion] = finish_all(Engine(model), make_sequence(make_tokens(4), routing=True))
+    assert completion.selected_experts is None
+
+
+def test_pieces_with_experts_come_when_the_token_has_run():
+    model, prompt = make_model(), make_tokens(4)
+    sequence = make_sequence(prompt, eos_ids=frozenset(), routing=True)
+    engine = Engine(model)
+    engine.add(sequence)
+    engine.step()
+    assert sequence.take_pieces(with_experts=True) == []
+    pieces = []
+    while not sequence.is_finished:
+        engine.step()
+        pieces += sequence.take_pieces(with_experts=True)
+    completion = sequence.build_completion()
+    assert "".join(piece.text for piece in pieces) == completion.text
+    assert [piece.token_id for piece in pieces] == list(completion.token_ids)
+    chosen = [piece.selected_experts.tolist() for piece in pieces[:-1]]
+    assert chosen == completion.selected_experts[4:].tolist()
+    assert pieces[-1].selected_experts is None
+
+
+def test_tokens_beyond_the_vocabulary_are_never_chosen():
+    model, prompt = make_model(), make_tokens(4)
+    with torch.no_grad():
+        model.output.weight[100:] *= 100
+    engine = Engine(model, vocab_size=100)
+    [completion] = finish_all(engine, make_sequence(prompt, eos_ids=frozenset()))
+    assert max(completion.token_ids) < 100 <= max(generate(model, prompt))
+
+
+def test_abort_frees_the_cache_and_leaves_the_others():
+    model = make_model()
+    kept, dropped, waiting = (make_sequence(make_tokens(6, seed=s)) for s in range(3))
+    engine = Engine(model, max_num_seqs=2)
+    for sequence in (kept, dropped, waiting):
+        engine.add(sequence)
+    engine.step()
+    both = engine.num_cache_bytes
+    engine.abort(dropped)
+    engine.abort(waiting)
+    assert (engine.num_unfinished, engine.num_cache_bytes) == (1, both // 2)
+    assert dropped.build_completion().finish_reason == "abort"
+    while not kept.is_finished:
+        engine.step()
+    assert list(kept.build_completion().token_ids) == generate(model, make_tokens(6, seed=0))
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(repetition_penalty=1.1)])
+def test_nan_weights_are_reported_and_leave_nothing_behind(params):
+    model = make_model()
+    with torch.no_grad():
+        model.layers[1].attention.wo.weight[0, 0] = float("nan")
+    engine, sequence = Engine(model), make_sequence(make_tokens(3), params)
+    engine.add(sequence)
+    with pytest.raises(CheckpointError, match="not finite"):
+        engine.step()
+    assert (engine.num_unfinished, engine.num_cache_bytes) == (0, 0)
+    assert sequence.is_finished
+
+
+def test_failed_allocation_names_the_bytes(monkeypatch):
+    def refuse(*shape, **options):
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(kv_cache.torch, "empty", refuse)
+    engine = Engine(make_model())
+    engine.add(make_sequence(make_tokens(4)))
+    with pytest.raises(CapacityError, match=r"16 tokens \(8192 bytes\)"):
+        engine.step()
+
+
+@pytest.mark.parametrize("limits", [{"max_num_seqs": 0}, {"max_num_batched_tokens": 8}])
+def test_impossible_limits_are_refused(limits):
+    with pytest.raises(ConfigError, match="max_num_seqs is"):
+        Engine(make_model(), **limits)

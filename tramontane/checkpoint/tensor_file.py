@@ -1,0 +1,198 @@
+"""One safetensors file: a checked table of contents, tensors as views of the mapped file.
+
+The format is 8 bytes with the length of a JSON header, the header (name -> dtype, shape, begin and
+end of its bytes), and the bytes. Everything in the header is checked before any of it is used.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from tramontane.errors import CheckpointError
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_MAX_RANK = 8
+_MAX_BYTES = 2**62
+
+
+class MappedFile:
+    """A file whose bytes become memory when they are touched; mapped once, on first use."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.num_bytes = path.stat().st_size
+
+    @cached_property
+    def data(self) -> Tensor:
+        """All bytes, uint8; writing to them does not reach the disk."""
+        return torch.from_file(str(self.path), size=self.num_bytes, dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file, not read yet. `begin` and `end` count from the start of the file."""
+
+    name: str
+    file: MappedFile
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def place(self) -> str:
+        """File and name, for messages."""
+        return f"{self.file.path}: {self.name}"
+
+    def read(self) -> Tensor:
+        """The values, as a view of the mapped file where its alignment allows, else as a copy."""
+        data = self.file.data[self.begin : self.end]
+        if self.begin % self.dtype.itemsize:
+            data = data.clone()
+        return data.view(self.dtype).view(self.shape)
+
+
+def read_table(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file by name; no weight is read.
+
+    Raises CheckpointError, naming file, tensor and reason, on anything that the format forbids.
+    """
+    file = MappedFile(path)
+    with path.open("rb") as handle:
+        header, data_begin = _read_header(handle, file)
+    tensors = {
+        name: _check_entry(name, entry, file=file, data_begin=data_begin)
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+    _check_coverage(sorted(tensors.values(), key=lambda t: (t.begin, t.end)), file, data_begin)
+    return tensors
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype) -> None:
+    """Write a safetensors file in the order given, converting one tensor at a time to `dtype`."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * dtype.itemsize
+        entry = {"dtype": _DTYPE_NAMES[dtype], "shape": list(tensor.shape)}
+        header[name] = entry | {"data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # so that the data is aligned
+    with path.open("wb") as handle:
+        handle.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors.values():
+            _write_values(handle, tensor.detach().to(device="cpu", dtype=dtype))
+
+
+def parse_json(encoded: bytes, *, where: str) -> dict[str, Any]:
+    """A JSON object in which no key is there twice; CheckpointError says what is wrong `where`."""
+    try:
+        values = json.loads(encoded.decode(), object_pairs_hook=_refuse_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not valid JSON: {error}; incomplete download?") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{where} is a {type(values).__name__}, not a JSON object")
+    return values
+
+
+def _write_values(handle: BinaryIO, tensor: Tensor) -> None:
+    handle.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def _read_header(handle: BinaryIO, file: MappedFile) -> tuple[dict[str, Any], int]:
+    """The header and the position at which the data begins."""
+    if file.num_bytes < 8:
+        raise CheckpointError(
+            f"{file.path} has {file.num_bytes} bytes, not even a header; incomplete download?"
+        )
+    length = int.from_bytes(handle.read(8), "little")
+    if length > min(file.num_bytes - 8, _MAX_HEADER_BYTES):
+        raise CheckpointError(
+            f"{file.path}: the header claims {length:,} bytes, the file has {file.num_bytes:,}; "
+            "incomplete download, or not a safetensors file?"
+        )
+    return parse_json(handle.read(length), where=f"the header of {file.path}"), 8 + length
+
+
+def _refuse_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"{key!r} is there twice")
+        values[key] = value
+    return values
+
+
+def _check_entry(name: str, entry: Any, *, file: MappedFile, data_begin: int) -> StoredTensor:
+    where = f"{file.path}: {name}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where}: its entry is not one of dtype, shape and data_offsets")
+    dtype = _check_dtype(entry["dtype"], where=where)
+    shape = _check_sizes(entry["shape"], where=f"{where}: shape", max_count=_MAX_RANK)
+    offsets = _check_sizes(entry["data_offsets"], where=f"{where}: data_offsets", max_count=2)
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(f"{where}: data_offsets {list(offsets)} are not begin and end")
+    begin, end = data_begin + offsets[0], data_begin + offsets[1]
+    needed = math.prod(shape) * dtype.itemsize
+    if end - begin != needed:
+        raise CheckpointError(
+            f"{where}: {entry['dtype']} of shape {list(shape)} needs {needed:,} bytes, "
+            f"data_offsets give it {end - begin:,}"
+        )
+    if end > file.num_bytes:
+        raise CheckpointError(
+            f"{where} ends at byte {end:,}, but the file has {file.num_bytes:,}: "
+            f"{end - file.num_bytes:,} bytes are missing; incomplete download?"
+        )
+    return StoredTensor(name, file, dtype, shape, begin, end)
+
+
+def _check_dtype(value: Any, *, where: str) -> torch.dtype:
+    if not isinstance(value, str) or value not in _DTYPES:
+        raise CheckpointError(
+            f"{where}: dtype {_shorten(value)} is not supported; known are {sorted(_DTYPES)}"
+        )
+    return _DTYPES[value]
+
+
+def _check_sizes(values: Any, *, where: str, max_count: int) -> tuple[int, ...]:
+    """A short list of whole numbers, zero or more, whose product stays countable."""
+    is_list = isinstance(values, list) and len(values) <= max_count
+    if not is_list or not all(type(value) is int and value >= 0 for value in values):
+        raise CheckpointError(
+            f"{where} is {_shorten(values)}; at most {max_count} whole numbers belong there"
+        )
+    if max([*values, math.prod(values)]) > _MAX_BYTES:
+        raise CheckpointError(f"{where} {_shorten(values)} is beyond any file")
+    return tuple(values)
+
+
+def _check_coverage(tensors: Sequence[StoredTensor], file: MappedFile, data_begin: int) -> None:
+    """Tensors have to follow one another without hole or overlap and to end with the file."""
+    position, last = data_begin, "the header"
+    for tensor in tensors:
+        if tensor.begin != position:
+            fault = "overlaps" if tensor.begin < position else "leaves a hole after"
+            raise CheckpointError(f"{tensor.place} {fault} {last} (at byte {tensor.begin:,})")
+        position, last = tensor.end, tensor.name
+    if position != file.num_bytes:
+        raise CheckpointError(
+            f"{file.path}: {last} ends at byte {position:,}, but the file has {file.num_bytes:,}: "
+            f"{file.num_bytes - position:,} bytes belong to no tensor; download it again"
+        )
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value[:8]) if isinstance(value, list | str) else repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -1,0 +1,52 @@
+"""The `tramontane` command: finds the verb, and turns errors into messages and exit codes.
+
+Exit codes: 0 done, 1 an error of ours (its message says what to do), 2 wrong usage, 130 Ctrl-C.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+
+from tramontane import __version__
+from tramontane.errors import TramontaneError
+
+# The text of `--help` stands here, because reading it from the verbs would import torch.
+_VERBS = {
+    "run": "Generate text from a prompt, from standard input, or in an interactive session.",
+    "train": "Train a model on text.",
+    "doctor": "Print the machine, the versions, and what they mean for speed.",
+}
+_TOKENIZER_VERBS = {"train": "Train a byte-level BPE tokenizer on text."}
+
+
+def build_app() -> App:
+    """The tree of verbs; nothing of a verb is imported before it is called."""
+    app = App(name="tramontane", help="Train, run and look inside Mixtral models.",
+              version=__version__)  # fmt: skip
+    for verb, summary in _VERBS.items():
+        app.command(f"tramontane.cli.{verb}:{verb}", name=verb, help=summary)
+    tokenizer = App(name="tokenizer", help="Make tokenizers.")
+    for verb, summary in _TOKENIZER_VERBS.items():
+        tokenizer.command(f"tramontane.cli.tokenizer:{verb}", name=verb, help=summary)
+    app.command(tokenizer)
+    return app
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run one command line without the program's name, and return its exit code."""
+    try:
+        build_app()(list(arguments), exit_on_error=False, result_action="return_value")
+    except CycloptsError:
+        return 2  # cyclopts has printed what is wrong
+    except TramontaneError as error:
+        print(f"tramontane: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def main() -> None:
+    """Entry point of the `tramontane` script."""
+    sys.exit(run_command(sys.argv[1:]))

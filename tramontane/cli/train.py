@@ -1,0 +1,132 @@
+"""`tramontane train`: pre-train a model on text."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+
+def train(
+    config: Path | None = None,
+    /,
+    *,
+    source: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    data_dir: Path | None = None,
+    out: Path | None = None,
+    model: str | None = None,
+    tokenizer: Path | None = None,
+    vocab_size: int | None = None,
+    steps: int | None = None,
+    seq_len: int | None = None,
+    batch_size: int | None = None,
+    accumulation: int | None = None,
+    lr: float | None = None,
+    warmup_steps: int | None = None,
+    schedule: Literal["cosine", "wsd"] | None = None,
+    decay_ratio: float | None = None,
+    load_balancing_coef: float | None = None,
+    dtype: Literal["bfloat16", "float32"] | None = None,
+    seed: int | None = None,
+    eval_every: int | None = None,
+    sample_every: int | None = None,
+    save_every: int | None = None,
+    threads: int | None = None,
+    resume: bool = False,
+    override: bool = False,
+) -> None:
+    """Train a model on text, from a TOML file, from flags, or both (flags win).
+
+    Example: tramontane train --source book.txt --model tramontane-22m --out runs/book
+
+    Parameters
+    ----------
+    config
+        TOML file; recipes/pretrain.toml shows all it can hold.
+    source
+        Text files as [DOMAIN=]PATH[:WEIGHT]: .jsonl, .txt, .jsonl.gz or .txt.gz. Weights are shares
+        of the tokens. Records whose "split" is "valid" are held out.
+    data_dir
+        Folder that source paths are relative to.
+    out
+        Folder of the run: tokenizer, checkpoints, log, and the finished model.
+    model
+        A preset, such as tramontane-22m.
+    tokenizer
+        Folder with a tokenizer.json; without it a vocabulary is learnt from the sources.
+    vocab_size
+        Tokens in the vocabulary.
+    steps
+        Updates of the weights.
+    seq_len
+        Tokens per row; documents share rows but do not see each other.
+    batch_size
+        Rows per batch.
+    accumulation
+        Batches per step.
+    lr
+        Highest learning rate.
+    warmup_steps
+        Steps over which the learning rate rises.
+    schedule
+        cosine, or wsd: constant, with a linear fall over the last decay-ratio of the steps.
+    decay_ratio
+        Share of the steps that wsd falls over.
+    load_balancing_coef
+        Weight of the loss that keeps experts evenly used.
+    dtype
+        Of the computation; master weights are always fp32.
+    seed
+        Of the weights and of the order of documents.
+    eval_every
+        Steps between held-out scores (bits per byte); 0 for none.
+    sample_every
+        Steps between samples of text; 0 for none.
+    save_every
+        Steps between checkpoints; 0 for one at the end.
+    threads
+        CPU threads; by default all cores.
+    resume
+        Go on from the newest checkpoint in OUT.
+    override
+        With resume: accept a configuration that differs from that of the run.
+    """
+    import torch
+
+    from tramontane.train.memory import keep_freed_memory
+    from tramontane.train.pretrain import load_pretrain_config, pretrain
+    from tramontane.train.progress import ProgressPrinter
+
+    flags: dict[str, Any] = {
+        "sources": source, "data_dir": data_dir, "out": out, "tokenizer": tokenizer,
+        "vocab_size": vocab_size, "seq_len": seq_len, "batch_size": batch_size, "dtype": dtype,
+        "seed": seed, "model": {"preset": model},
+        "loop": {
+            "num_steps": steps, "accumulation": accumulation, "eval_every": eval_every,
+            "sample_every": sample_every, "save_every": save_every,
+            "load_balancing_coef": load_balancing_coef,
+        },
+        "optimizer": {
+            "lr": lr, "warmup_steps": warmup_steps, "schedule": schedule,
+            "decay_ratio": decay_ratio,
+        },
+    }  # fmt: skip
+    resolved = load_pretrain_config(config, _drop_unset(flags))
+    keep_freed_memory()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with ProgressPrinter(print_every=resolved.loop.log_every) as printer:
+        done = pretrain(resolved, printer, resume=resume, override=override)
+    if done is None:
+        raise KeyboardInterrupt  # stopped and saved: the exit code says so
+
+
+def _drop_unset(flags: dict[str, Any]) -> dict[str, Any]:
+    """Only what the user gave, with paths as text."""
+    given: dict[str, Any] = {}
+    for key, value in flags.items():
+        if isinstance(value, dict):
+            value = _drop_unset(value)
+        if value is None or value == {}:
+            continue
+        given[key] = str(value) if isinstance(value, Path) else value
+    return given

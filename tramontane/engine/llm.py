@@ -1,0 +1,167 @@
+"""The Python interface: load a model folder, then `generate` or `stream`.
+
+    llm = LLM()
+    print(llm.generate("Once upon a time", SamplingParams(max_tokens=100)).text)
+"""
+
+from collections.abc import Iterator, Sequence as Items
+from pathlib import Path
+from typing import overload
+
+import torch
+
+from tramontane.checkpoint.loader import load_model
+from tramontane.config import ModelConfig
+from tramontane.engine.bundled import find_bundled_model
+from tramontane.engine.completion import Completion, TextPiece
+from tramontane.engine.engine import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, Engine
+from tramontane.engine.generation_config import load_generation_config
+from tramontane.engine.sampling_params import SamplingParams
+from tramontane.engine.sequence import Sequence
+from tramontane.engine.text_output import TextOutput
+from tramontane.errors import CheckpointError, RequestError
+from tramontane.tokenizer.stream import IncrementalDecoder
+from tramontane.tokenizer.tokenizer import Tokenizer
+
+
+class TextStream:
+    """The pieces of one answer as they come. Stop early with `close`; then see `completion`."""
+
+    def __init__(self, engine: Engine, sequence: Sequence) -> None:
+        self._engine, self._sequence = engine, sequence
+        engine.add(sequence)
+
+    def __iter__(self) -> Iterator[TextPiece]:
+        return self.iterate()
+
+    def iterate(self, *, with_experts: bool = False) -> Iterator[TextPiece]:
+        """The pieces; with experts each comes one token later (`stream(collect_routing=True)`)."""
+        try:
+            while not self._sequence.is_finished:
+                self._engine.step()
+                yield from self._sequence.take_pieces(with_experts=with_experts)
+            yield from self._sequence.take_pieces(with_experts=with_experts)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End the answer where it is and free its cache."""
+        self._engine.abort(self._sequence)
+
+    @property
+    def completion(self) -> Completion:
+        """The answer so far."""
+        return self._sequence.build_completion()
+
+
+class LLM:
+    """A model, its tokenizer and an engine. Without `model`, the bundled one.
+
+    `model` is a folder; `dtype` is that of the weights as stored unless given. Raises
+    CheckpointError, ConfigError or TokenizerError, naming file and remedy.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
+        max_num_seqs: int = MAX_NUM_SEQS,
+    ) -> None:
+        self.folder = find_bundled_model() if model is None else Path(model)
+        self.model = load_model(self.folder, dtype=dtype, device=device).eval()
+        self.tokenizer = Tokenizer.from_folder(self.folder)
+        _check_vocabulary(self.tokenizer, self.model.config, self.folder)
+        self.generation_config = load_generation_config(self.folder, eos_id=self.tokenizer.eos_id)
+        self._engine = Engine(
+            self.model,
+            vocab_size=self.tokenizer.vocab_size,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+        )
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration."""
+        return self.model.config
+
+    @property
+    def default_params(self) -> SamplingParams:
+        """Our defaults, overridden by the folder's generation_config.json."""
+        return self.generation_config.params
+
+    @overload
+    def generate(
+        self, prompt: str, params: SamplingParams | None = ..., *, collect_routing: bool = ...
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Items[str],
+        params: SamplingParams | None = ...,
+        *,
+        collect_routing: bool = ...,
+    ) -> list[Completion]: ...
+
+    def generate(
+        self,
+        prompt: str | Items[str],
+        params: SamplingParams | None = None,
+        *,
+        collect_routing: bool = False,
+    ) -> Completion | list[Completion]:
+        """Answer one prompt, or each of a list; those of a list share the forward passes.
+
+        `params` defaults to `default_params`. Raises RequestError or ContextError before anything
+        runs.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        sequences = [
+            self._build_sequence(text, params, collect_routing=collect_routing) for text in prompts
+        ]
+        self._run(sequences)
+        completions = [sequence.build_completion() for sequence in sequences]
+        return completions[0] if isinstance(prompt, str) else completions
+
+    def stream(
+        self, prompt: str, params: SamplingParams | None = None, *, collect_routing: bool = False
+    ) -> TextStream:
+        """Answer one prompt piece by piece; several streams may be read in turn."""
+        sequence = self._build_sequence(prompt, params, collect_routing=collect_routing)
+        return TextStream(self._engine, sequence)
+
+    def _run(self, sequences: Items[Sequence]) -> None:
+        try:
+            for sequence in sequences:
+                self._engine.add(sequence)
+            while not all(sequence.is_finished for sequence in sequences):
+                self._engine.step()
+        finally:
+            for sequence in sequences:
+                self._engine.abort(sequence)
+
+    def _build_sequence(
+        self, prompt: str, params: SamplingParams | None, *, collect_routing: bool
+    ) -> Sequence:
+        if not isinstance(prompt, str) or not prompt:
+            raise RequestError(f"the prompt is {prompt!r}; it must be a text that is not empty")
+        params = params or self.default_params
+        return Sequence(
+            self.tokenizer.encode(prompt, bos=True),
+            params,
+            text_output=TextOutput(IncrementalDecoder(self.tokenizer), stop=params.stop),
+            eos_ids=self.generation_config.eos_ids,
+            max_seq_len=self.config.max_seq_len,
+            collect_routing=collect_routing,
+        )
+
+
+def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, folder: Path) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but the model "
+            f"{config.vocab_size}; they do not belong together"
+        )

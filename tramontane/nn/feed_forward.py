@@ -1,0 +1,20 @@
+"""The dense SwiGLU feed-forward network of Mistral (arXiv:2002.05202)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tramontane.config import ModelConfig
+
+
+class FeedForward(nn.Module):
+    """w2(silu(w1 x) * w3 x), without biases."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """x (T, D) -> (T, D), and no routing."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x)), None

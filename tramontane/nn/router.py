@@ -1,0 +1,33 @@
+"""Routers: which experts see a token, and how much each counts."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tramontane.config import ModelConfig, MoeConfig
+from tramontane.kernels.reference import top_k_routing
+
+
+class Routing(NamedTuple):
+    """A router's decision for T tokens."""
+
+    weights: Tensor  # (T, K) fp32, in falling order, summing to 1
+    experts: Tensor  # (T, K) int64
+    logits: Tensor  # (T, E) fp32
+
+
+class TopKRouter(nn.Module):
+    """Mixtral's: softmax over the K largest logits (arXiv:2401.04088, section 2.1)."""
+
+    def __init__(self, config: ModelConfig, moe: MoeConfig) -> None:
+        super().__init__()
+        self.num_experts_per_tok = moe.num_experts_per_tok
+        self.weight = nn.Parameter(torch.empty(moe.num_experts, config.dim))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Routing:
+        """x (T, D) -> Routing."""
+        logits = F.linear(x, self.weight).float()  # (T, E)
+        return Routing(*top_k_routing(logits, self.num_experts_per_tok), logits)

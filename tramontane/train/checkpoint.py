@@ -1,0 +1,161 @@
+"""A run on disk: its configuration, its log, and checkpoints from which it goes on bit by bit.
+
+    OUT/config.json            what was asked for
+    OUT/log.jsonl              one line per report
+    OUT/checkpoints/step-N/    optimizer.safetensors, progress.json; whole or not there at all
+    OUT/lock                   held while a process trains here
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from tramontane.checkpoint.atomic import atomic_file, atomic_folder, remove_interrupted_saves
+from tramontane.errors import CheckpointError, ConfigError, TrainingError
+from tramontane.train.optim import MasterAdamW
+
+_TENSORS, _PROGRESS = "optimizer.safetensors", "progress.json"
+
+
+class RunFolder:
+    """The folder of one training run."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.log_path = self.path / "log.jsonl"
+        self._checkpoints = self.path / "checkpoints"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes out. Raises TrainingError that names the process already here."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / "lock", "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                raise TrainingError(
+                    f"{self.path} is in use by process {file.read().strip() or 'unknown'}; wait for "
+                    "it, or choose another --out"
+                ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def start(self, config: dict[str, Any]) -> None:
+        """Begin a new run. Raises ConfigError if there is one already."""
+        if self.find_checkpoints() or self.log_path.exists():
+            raise ConfigError(
+                f"{self.path} already holds a run: go on with --resume, or choose another --out"
+            )
+        self._write_config(config)
+
+    def continue_with(self, config: dict[str, Any], *, override: bool) -> None:
+        """Compare `config` with that of the run.
+
+        Raises ConfigError that lists the fields that differ, unless `override` is set.
+        """
+        saved = json.loads((self.path / "config.json").read_text())
+        old, new = _flatten(saved), _flatten(config)
+        changes = [
+            f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)
+        ]
+        if changes and not override:
+            raise ConfigError(
+                f"{self.path} was started with another configuration ({'; '.join(changes)}); "
+                "go on with the same one, or say --override"
+            )
+        self._write_config(config)
+
+    def _write_config(self, config: dict[str, Any]) -> None:
+        with atomic_file(self.path / "config.json") as path:
+            path.write_text(json.dumps(config, indent=2) + "\n")
+
+    def find_checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted(
+            self._checkpoints.glob("step-*"), key=lambda path: int(path.name.partition("-")[2])
+        )
+
+    def save(
+        self, optimizer: MasterAdamW, progress: dict[str, Any], *, keep: int = 2
+    ) -> Path:
+        """Write a checkpoint after `progress["step"]` steps; then drop all but the `keep` newest.
+
+        Raises CapacityError when the disk is full; older checkpoints stay.
+        """
+        tensors = optimizer.state_tensors()
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        target = self._checkpoints / f"step-{progress['step']}"
+        with atomic_folder(target, bytes_needed=size + 1_000_000) as folder:
+            save_file(tensors, folder / _TENSORS)
+            (folder / _PROGRESS).write_text(json.dumps(progress))
+        for old in self.find_checkpoints()[:-keep]:
+            shutil.rmtree(old)
+        return target
+
+    def load(self, optimizer: MasterAdamW) -> dict[str, Any]:
+        """Restore the newest checkpoint and return its progress; the log forgets what came after.
+
+        Raises CheckpointError if there is none or it does not fit the model.
+        """
+        remove_interrupted_saves(self._checkpoints)
+        checkpoints = self.find_checkpoints()
+        if not checkpoints:
+            raise CheckpointError(
+                f"{self._checkpoints} holds no checkpoint to resume from; start without --resume"
+            )
+        tensors = load_file(checkpoints[-1] / _TENSORS)
+        expected = optimizer.state_tensors()
+        differing = [
+            name
+            for name in sorted(expected.keys() | tensors.keys())
+            if name not in tensors or name not in expected
+            or tensors[name].shape != expected[name].shape
+        ]  # fmt: skip
+        if differing:
+            raise CheckpointError(
+                f"{checkpoints[-1]} does not fit the model: {differing[0]} is missing or has "
+                f"another shape ({len(differing)} such); resume with the configuration it was made by"
+            )
+        progress: dict[str, Any] = json.loads((checkpoints[-1] / _PROGRESS).read_text())
+        optimizer.load_state_tensors(tensors, num_steps=progress["step"])
+        self._forget_after(progress["step"])
+        return progress
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to the log."""
+        with open(self.log_path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _forget_after(self, step: int) -> None:
+        if not self.log_path.exists():
+            return
+        lines = self.log_path.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        with atomic_file(self.log_path) as path:
+            path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+
+
+def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    if isinstance(values, dict):
+        items = values.items()
+    elif isinstance(values, list):
+        items = {str(index): value for index, value in enumerate(values)}.items()
+    else:
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat

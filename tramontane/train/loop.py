@@ -1,0 +1,213 @@
+"""The training loop: fetch, compute, step; now and then report, evaluate, sample, save.
+
+It knows neither text nor tokens: a batch source and a loss function are given to it, so that
+pre-training, instruction tuning and preference tuning are the same loop.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+from tramontane.config import require_positive
+from tramontane.errors import TrainingError
+from tramontane.models.transformer import Transformer
+from tramontane.train.checkpoint import RunFolder
+from tramontane.train.losses import LossTerms, compute_load_balancing, compute_router_z
+from tramontane.train.optim import MasterAdamW, compute_lr
+from tramontane.train.router_health import RouterHealth
+
+BatchT = TypeVar("BatchT")
+
+
+class BatchSource(Protocol[BatchT]):
+    """Where batches come from; the order of all batches follows from its state."""
+
+    def next_batch(self) -> BatchT: ...
+    def state(self) -> dict[str, Any]: ...
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long, and how often what. Intervals are in steps; 0 means never."""
+
+    num_steps: int = 1000
+    accumulation: int = 1  # batches per step
+    load_balancing_coef: float = 0.01
+    router_z_coef: float = 0.001
+    log_every: int = 10
+    eval_every: int = 250
+    sample_every: int = 500
+    save_every: int = 500
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_steps", "accumulation", "keep_checkpoints")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did. Losses are means over the step; `seconds` is its wall time."""
+
+    step: int
+    loss: float
+    load_balancing: float
+    router_z: float
+    grad_norm: float
+    lr: float
+    units: int
+    seconds: float
+
+
+class Observer(Protocol):
+    """Sees the run: a progress bar, a printer, a test."""
+
+    def on_step(self, report: StepReport, num_steps: int) -> None: ...
+    def on_note(self, text: str) -> None: ...
+
+
+@dataclass
+class Trainer(Generic[BatchT]):
+    """One run. `evaluate` and `sample` are called with the model at their intervals."""
+
+    model: Transformer
+    optimizer: MasterAdamW
+    source: BatchSource[BatchT]
+    compute_loss: Callable[[Transformer, BatchT], LossTerms]
+    config: LoopConfig
+    folder: RunFolder
+    observer: Observer
+    evaluate: Callable[[Transformer], dict[str, float]] | None = None
+    sample: Callable[[Transformer], str] | None = None
+    step: int = 0
+    units_seen: int = 0
+
+    def resume(self) -> None:
+        """Go back to the newest checkpoint of the folder."""
+        progress = self.folder.load(self.optimizer)
+        self.step, self.units_seen = progress["step"], progress["units_seen"]
+        self.source.load_state(progress["source"])
+        self.observer.on_note(f"resumed after step {self.step} of {self.config.num_steps}")
+
+    def run(self) -> bool:
+        """Train to the last step, or until asked to stop (Ctrl-C or SIGTERM); save; True if done.
+
+        Raises TrainingError if a loss or gradient is not finite: that step is not applied, and
+        nothing is saved after it.
+        """
+        health = RouterHealth()
+        with _stop_on_signal() as stop:
+            while self.step < self.config.num_steps and not stop.is_set:
+                report = self._run_step(health)
+                self.observer.on_step(report, self.config.num_steps)
+                if self._is_due(self.config.log_every):
+                    self._log(report, health)
+                    health = RouterHealth()
+                self._run_periodic()
+            if not self._is_due(self.config.save_every):
+                self.save()
+        return self.step >= self.config.num_steps
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment."""
+        progress = {
+            "step": self.step,
+            "units_seen": self.units_seen,
+            "source": self.source.state(),
+        }
+        self.folder.save(self.optimizer, progress, keep=self.config.keep_checkpoints)
+
+    def _run_step(self, health: RouterHealth) -> StepReport:
+        started = time.perf_counter()
+        sums = {"loss": 0.0, "load_balancing": 0.0, "router_z": 0.0}
+        units = 0
+        for _ in range(self.config.accumulation):
+            terms = self.compute_loss(self.model, self.source.next_batch())
+            units += terms.count
+            for name, value in self._backward(terms).items():
+                sums[name] += value
+            health.add(terms.routing)
+        self.optimizer.scale(1 / max(1, units))
+        grad_norm = self.optimizer.clip(step=self.step + 1)
+        lr = compute_lr(self.step, num_steps=self.config.num_steps, config=self.optimizer.config)
+        self.optimizer.step(lr)
+        self.step += 1
+        self.units_seen += units
+        means = {name: value / max(1, units) for name, value in sums.items()}
+        seconds = time.perf_counter() - started
+        return StepReport(
+            step=self.step, grad_norm=grad_norm, lr=lr, units=units, seconds=seconds, **means
+        )
+
+    def _backward(self, terms: LossTerms) -> dict[str, float]:
+        """Gradients of objective + count * router terms: batches of a step weigh by their units."""
+        balancing = compute_load_balancing(terms.routing) * terms.count
+        router_z = compute_router_z(terms.routing) * terms.count
+        total = terms.objective + self.config.load_balancing_coef * balancing
+        total = total + self.config.router_z_coef * router_z
+        if not torch.isfinite(total):
+            self.optimizer.clear()
+            raise TrainingError(
+                f"step {self.step + 1}: the loss is {total.item()}; the step was not applied. Lower "
+                "the learning rate, or look at the data of this step"
+            )
+        total.backward()
+        self.optimizer.accumulate()
+        values = (terms.objective.item(), balancing.item(), router_z.item())
+        return dict(zip(("loss", "load_balancing", "router_z"), values, strict=True))
+
+    def _run_periodic(self) -> None:
+        is_last = self.step == self.config.num_steps
+        if self.evaluate and (self._is_due(self.config.eval_every) or is_last):
+            scores = self.evaluate(self.model)
+            self.folder.log({"step": self.step, "held_out_bits_per_byte": scores})
+            shown = "  ".join(f"{domain} {bits:.3f}" for domain, bits in scores.items())
+            self.observer.on_note(f"step {self.step} held-out bits per byte: {shown}")
+        if self.sample and self._is_due(self.config.sample_every):
+            text = self.sample(self.model)
+            self.folder.log({"step": self.step, "sample": text})
+            self.observer.on_note(f"step {self.step} sample: {text}")
+        if self._is_due(self.config.save_every):
+            self.save()
+
+    def _is_due(self, interval: int) -> bool:
+        return interval > 0 and self.step % interval == 0
+
+    def _log(self, report: StepReport, health: RouterHealth) -> None:
+        layers = health.layers()
+        self.folder.log(
+            vars(report)
+            | {"units_seen": self.units_seen}
+            | {"expert_load": [[round(s, 4) for s in layer.shares] for layer in layers]}
+            | {"load_entropy": [round(layer.entropy, 4) for layer in layers]}
+        )
+        for alarm in health.find_alarms():
+            self.observer.on_note(f"step {self.step} router: {alarm}")
+
+
+@dataclass
+class _StopRequest:
+    is_set: bool = False
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[_StopRequest]:
+    """The first Ctrl-C or SIGTERM asks the loop to finish its step and save; a second one kills."""
+    request = _StopRequest()
+
+    def ask(signum: int, _frame: object) -> None:
+        if request.is_set:
+            raise KeyboardInterrupt
+        request.is_set = True
+
+    previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,63 @@
+"""What training minimises: next-token cross-entropy, and the terms that keep a router healthy."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tramontane.data.packing import PackedBatch
+from tramontane.kernels.dispatch import get_kernels
+from tramontane.models.transformer import Transformer
+from tramontane.nn.router import Routing
+
+
+class LossTerms(NamedTuple):
+    """What a loss function makes of one batch.
+
+    `objective` is a sum over `count` units (tokens in pre-training, pairs in preference tuning), so
+    that batches of unequal size add up to the mean over all their units.
+    """
+
+    objective: Tensor
+    count: int
+    routing: tuple[Routing, ...]
+
+
+def compute_next_token_loss(model: Transformer, batch: PackedBatch) -> LossTerms:
+    """Cross-entropy in nats of each counted target, given the tokens of its own segment before it."""
+    device = model.norm.weight.device
+    tokens = torch.from_numpy(batch.tokens).to(device)
+    targets = torch.from_numpy(batch.targets).to(device)
+    hidden, routing = model.forward_packed(tokens, batch.seqlens)
+    objective = get_kernels().linear_cross_entropy(hidden, model.output.weight, targets)
+    return LossTerms(objective, int((batch.targets != -100).sum()), routing)
+
+
+def compute_load_balancing(routing: Sequence[Routing]) -> Tensor:
+    """Mean over layers of E * sum_e f_e P_e; zero for a dense model.
+
+    f_e is the number of slots that expert e takes per token, P_e its mean softmax probability. Each
+    layer counts by itself: pooled over layers, as transformers does, the imbalance of one layer can
+    hide that of another. The scale is that of transformers: balanced routing gives K, not 1.
+    """
+    terms = [_balance_layer(layer) for layer in routing]
+    return torch.stack(terms).mean() if terms else torch.zeros(())
+
+
+def _balance_layer(routing: Routing) -> Tensor:
+    num_tokens, num_experts = routing.logits.shape
+    slots = count_tokens_per_expert(routing) / max(1, num_tokens)  # (E,), sums to K
+    probability = torch.softmax(routing.logits, dim=-1).mean(0)  # (E,)
+    return num_experts * (slots * probability).sum()
+
+
+def compute_router_z(routing: Sequence[Routing]) -> Tensor:
+    """Mean over layers and tokens of logsumexp(logits)^2 (ST-MoE, arXiv:2202.08906)."""
+    terms = [torch.logsumexp(layer.logits, dim=-1).pow(2).mean() for layer in routing]
+    return torch.stack(terms).mean() if terms else torch.zeros(())
+
+
+def count_tokens_per_expert(routing: Routing) -> Tensor:
+    """How many slots each expert takes: (E,) int64, sum T * K."""
+    return torch.bincount(routing.experts.flatten(), minlength=routing.logits.shape[1])

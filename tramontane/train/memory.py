@@ -1,0 +1,18 @@
+"""Keeps the C library from handing memory back to the system between steps."""
+
+import ctypes
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # <malloc.h>
+
+
+def keep_freed_memory() -> bool:
+    """Let freed tensors be reused; True where the C library can be told so (glibc).
+
+    Otherwise each large temporary is mapped, zeroed page by page, and unmapped again: up to a tenth
+    of a training step on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    settings = ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 256 << 20))
+    return all([mallopt(option, value) == 1 for option, value in settings])

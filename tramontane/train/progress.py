@@ -1,0 +1,66 @@
+"""What a person sees of a run: a progress bar in a terminal, plain lines elsewhere."""
+
+import resource
+import sys
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tramontane.train.loop import StepReport
+
+_SMOOTHING = 0.1  # share of the newest step in the running averages
+
+
+class ProgressPrinter:
+    """Shows step, loss, tokens per second, time left and memory; notes go above the bar."""
+
+    def __init__(self, *, print_every: int) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._print_every = max(1, print_every)
+        self._loss = self._seconds = 0.0
+        self._bar = Progress(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(),
+            TextColumn("{task.description}"), TimeRemainingColumn(),
+            console=self._console, disable=not self._console.is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task("starting", total=None)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def on_step(self, report: StepReport, num_steps: int) -> None:
+        """Move the bar, or print a line every so many steps where there is none."""
+        share = _SMOOTHING if self._seconds else 1.0
+        self._loss += share * (report.loss - self._loss)
+        self._seconds += share * (report.seconds - self._seconds)
+        text = (
+            f"loss {self._loss:.3f}  {report.units / self._seconds:,.0f} tok/s  "
+            f"{_peak_memory_gib():.1f} GiB"
+        )
+        self._bar.update(self._task, completed=report.step, total=num_steps, description=text)
+        if self._bar.disable and report.step % self._print_every == 0:
+            left = (num_steps - report.step) * self._seconds / 60
+            self._print(f"step {report.step}/{num_steps}  {text}  {left:,.0f} min left")
+
+    def on_note(self, text: str) -> None:
+        """Print a line that stays."""
+        self._print(text)
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
+
+def _peak_memory_gib() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
