@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 BIN := .venv/bin
 SETUP := pyproject.toml constraints.txt
 # Set-up talks on standard error and leaves standard input to the program.
-INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
+INSTALL := $(BIN)/python -m pip install -qq -c constraints.txt
 QUIET := </dev/null >&2
 
 PROMPT ?=
@@ -24,7 +24,8 @@ help: ## list these commands
 	sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile
 
 run: .venv/base-installed ## generate: PROMPT="Once upon a time", or standard input, or a session; ARGS="--stats"
-	$(BIN)/tramontane run $${PROMPT:+--prompt "$$PROMPT"} $(ARGS)
+	if [ -n "$$PROMPT" ]; then printf '%s' "$$PROMPT" | $(BIN)/tramontane run $(ARGS); \
+	else $(BIN)/tramontane run $(ARGS); fi
 
 test: .venv/dev-installed ## run the tests; ARGS="tests/nn -x"
 	$(BIN)/python -m pytest $(ARGS)

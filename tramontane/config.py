@@ -3,6 +3,7 @@
 Fields are those of Mistral's `params.json`; `from_hf` and `to_hf` translate `config.json`.
 """
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -175,11 +176,13 @@ def build_config(cls: type[Any], values: dict[str, Any], *, where: str) -> Any:
 
 
 def require_positive(config: Any, *names: str) -> None:
-    """Raise ConfigError unless each named field of `config` is a number above zero."""
+    """Raise ConfigError unless each named field is finite, above zero, and whole if not a float."""
+    declared = {field.name: field.type for field in fields(config)}
     for name in names:
         value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise ConfigError(f"{name} is {value!r}; it must be a number above zero")
+        kind, noun = (int | float, "finite") if declared[name] is float else (int, "whole")
+        if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < math.inf:
+            raise ConfigError(f"{name} is {value!r}; it must be a {noun} number above zero")
 
 
 _HF_NAMES = {
@@ -241,10 +244,15 @@ PRESETS: dict[str, ModelConfig] = {
         dim=4096, n_layers=32, head_dim=128, hidden_dim=14336, n_heads=32, n_kv_heads=8,
         vocab_size=32000, rope_theta=1e4, sliding_window=4096, max_seq_len=32768,
     ),
-    # The size of the bundled model: 22M parameters, of which 9M work on each token.
-    "tramontane-22m": ModelConfig(
+    # The size of the bundled model: 23M parameters, of which 9M work on each token.
+    "tramontane-23m": ModelConfig(
         dim=256, n_layers=6, head_dim=64, hidden_dim=512, n_heads=4, n_kv_heads=2,
         vocab_size=6144, rope_theta=1e4, max_seq_len=1024, moe=MoeConfig(),
+    ),
+    # Its dense equal in active parameters: one network as wide as the two experts of a token.
+    "tramontane-9m-dense": ModelConfig(
+        dim=256, n_layers=6, head_dim=64, hidden_dim=1024, n_heads=4, n_kv_heads=2,
+        vocab_size=6144, rope_theta=1e4, max_seq_len=1024,
     ),
 }  # fmt: skip
 

@@ -1,14 +1,20 @@
 import pytest
 import torch
+
 from tests.oracles.hf import to_hf_model
 from tests.tiny import make_config, make_model, make_tokens
-
 from tramontane.engine import kv_cache
 from tramontane.engine.engine import Engine
 from tramontane.engine.sampling_params import SamplingParams
 from tramontane.engine.sequence import Sequence
 from tramontane.engine.text_output import TextOutput
-from tramontane.errors import CapacityError, CheckpointError, ConfigError, ContextError, RequestError
+from tramontane.errors import (
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    ContextError,
+    RequestError,
+)
 
 EOS = 2
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -24,7 +30,9 @@ class LetterDecoder:
         return ""
 
 
-def make_sequence(prompt, params=GREEDY, *, eos_ids=frozenset({EOS}), max_seq_len=256, routing=False):
+def make_sequence(
+    prompt, params=GREEDY, *, eos_ids=frozenset({EOS}), max_seq_len=256, routing=False
+):
     return Sequence(
         [int(token) for token in prompt], params,
         text_output=TextOutput(LetterDecoder(), stop=params.stop),
@@ -49,7 +57,11 @@ def generate(model, prompt, params=GREEDY, **options):
 
 def generate_hf(hf_model, prompt, max_new_tokens):
     ids = hf_model.generate(
-        prompt[None], max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=EOS, pad_token_id=0
+        prompt[None],
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=EOS,
+        pad_token_id=0,
     )
     return ids[0, len(prompt) :].tolist()
 
@@ -117,7 +129,7 @@ def test_max_tokens_and_a_full_context_end_with_length():
 
 
 def test_prompt_beyond_the_context_names_both_numbers():
-    with pytest.raises(ContextError, match="300 tokens.*holds 256"):
+    with pytest.raises(ContextError, match=r"300 tokens.*holds 256"):
         make_sequence(range(300))
     with pytest.raises(ContextError):
         make_sequence(range(256))
@@ -211,8 +223,8 @@ def test_failed_allocation_names_the_bytes(monkeypatch):
     def refuse(*shape, **options):
         raise RuntimeError("not enough memory")
 
-    monkeypatch.setattr(kv_cache.torch, "empty", refuse)
     engine = Engine(make_model())
+    monkeypatch.setattr(kv_cache.torch, "empty", refuse)
     engine.add(make_sequence(make_tokens(4)))
     with pytest.raises(CapacityError, match=r"16 tokens \(8192 bytes\)"):
         engine.step()

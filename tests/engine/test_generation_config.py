@@ -38,7 +38,14 @@ def test_several_eos_ids(tmp_path):
 
 @pytest.mark.parametrize(
     "values",
-    ["{", "[]", {"temperature": -1}, {"top_p": "much"}, {"eos_token_id": "2"}, {"eos_token_id": [-1]}],
+    [
+        "{",
+        "[]",
+        {"temperature": -1},
+        {"top_p": "much"},
+        {"eos_token_id": "2"},
+        {"eos_token_id": [-1]},
+    ],
 )
 def test_errors_name_the_file(tmp_path, values):
     with pytest.raises(ConfigError, match=r"generation_config\.json"):

@@ -1,8 +1,8 @@
 import pytest
 import torch
+
 from tests.oracles.hf import compute_hf_logits, to_hf_model
 from tests.tiny import make_config, make_model, make_tokens
-
 from tramontane.engine.kv_cache import KVCache, batch_layer_caches
 from tramontane.models.transformer import Transformer
 

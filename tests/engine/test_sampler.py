@@ -33,21 +33,27 @@ def make_sampler(prompt_ids=(), **params) -> Sampler:
 @pytest.mark.parametrize("top_k", [1, 2, 10, VOCAB, 1000])
 def test_top_k_matches_transformers(top_k, seed):
     logits = make_logits(seed)
-    torch.testing.assert_close(keep_top_k(logits, top_k), TopKLogitsWarper(top_k)(None, logits[None])[0])
+    torch.testing.assert_close(
+        keep_top_k(logits, top_k), TopKLogitsWarper(top_k)(None, logits[None])[0]
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("top_p", [0.01, 0.3, 0.5, 0.9, 0.999])
 def test_top_p_matches_transformers(top_p, seed):
     logits = make_logits(seed)
-    torch.testing.assert_close(keep_top_p(logits, top_p), TopPLogitsWarper(top_p)(None, logits[None])[0])
+    torch.testing.assert_close(
+        keep_top_p(logits, top_p), TopPLogitsWarper(top_p)(None, logits[None])[0]
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("min_p", [0.001, 0.05, 0.5, 1.0])
 def test_min_p_matches_transformers(min_p, seed):
     logits = make_logits(seed)
-    torch.testing.assert_close(keep_min_p(logits, min_p), MinPLogitsWarper(min_p)(None, logits[None])[0])
+    torch.testing.assert_close(
+        keep_min_p(logits, min_p), MinPLogitsWarper(min_p)(None, logits[None])[0]
+    )
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3, 10.0])
@@ -64,7 +70,12 @@ def test_all_filters_together_match_transformers(seed):
     logits = make_logits(seed)
     sampler = make_sampler(temperature=0.7, top_k=40, top_p=0.9, min_p=0.02)
     oracle = LogitsProcessorList(
-        [TemperatureLogitsWarper(0.7), TopKLogitsWarper(40), TopPLogitsWarper(0.9), MinPLogitsWarper(0.02)]
+        [
+            TemperatureLogitsWarper(0.7),
+            TopKLogitsWarper(40),
+            TopPLogitsWarper(0.9),
+            MinPLogitsWarper(0.02),
+        ]
     )
     torch.testing.assert_close(
         torch.softmax(sampler.filter(logits), dim=0),
@@ -85,9 +96,7 @@ def test_extreme_temperatures_draw_a_token_that_was_kept(temperature):
 
 def test_draws_follow_the_probabilities():
     logits = torch.tensor([0.5, 0.25, 0.0, 0.25]).log()
-    sampler = Sampler(
-        SamplingParams(temperature=1, top_p=1, seed=0), prompt_ids=[], vocab_size=4
-    )
+    sampler = Sampler(SamplingParams(temperature=1, top_p=1, seed=0), prompt_ids=[], vocab_size=4)
     counts = torch.bincount(torch.stack([sampler.sample(logits) for _ in range(4000)]), minlength=4)
     torch.testing.assert_close(counts / 4000, logits.exp(), atol=0.03, rtol=0)
     assert counts[2] == 0

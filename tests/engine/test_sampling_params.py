@@ -10,11 +10,13 @@ from tramontane.errors import RequestError
 
 OUT_OF_RANGE = [
     ("max_tokens", 0), ("max_tokens", 1.5), ("max_tokens", True), ("max_tokens", None),
-    ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "1"),
+    ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf),
+    ("temperature", "1"),
     ("top_k", -2), ("top_k", 2.0), ("top_p", 0.0), ("top_p", 1.01), ("top_p", math.nan),
     ("min_p", -0.01), ("min_p", 1.5), ("repetition_penalty", 0), ("repetition_penalty", math.nan),
     ("seed", -1), ("seed", 2**63), ("seed", 1.0),
-    ("stop", ""), ("stop", ("",)), ("stop", (1,)), ("stop", 5), ("stop", "x" * 257), ("stop", ["a"] * 17),
+    ("stop", ""), ("stop", ("",)), ("stop", (1,)), ("stop", 5), ("stop", "x" * 257),
+    ("stop", ["a"] * 17),
 ]  # fmt: skip
 
 
@@ -53,7 +55,9 @@ def test_with_setting_reads_text(name, text, value):
     assert getattr(params, name.replace("-", "_")) == value
 
 
-@pytest.mark.parametrize(("name", "text"), [("temperature", "warm"), ("top_k", "1.5"), ("seed", "")])
+@pytest.mark.parametrize(
+    ("name", "text"), [("temperature", "warm"), ("top_k", "1.5"), ("seed", "")]
+)
 def test_with_setting_refuses_what_is_no_number(name, text):
     with pytest.raises(RequestError, match=rf"{name} is '{text}'; it must be a"):
         SamplingParams().with_setting(name, text)
@@ -62,12 +66,12 @@ def test_with_setting_refuses_what_is_no_number(name, text):
 def test_with_setting_refuses_nan_and_lists_known_names():
     with pytest.raises(RequestError, match="temperature is nan"):
         SamplingParams().with_setting("temperature", "nan")
-    with pytest.raises(RequestError, match="no setting 'temp'.*temperature, top_k"):
+    with pytest.raises(RequestError, match=r"no setting 'temp'.*temperature, top_k"):
         SamplingParams().with_setting("temp", "1")
 
 
 def test_names_are_all_fields():
-    assert PARAM_NAMES == tuple(field.name for field in dataclasses.fields(SamplingParams))
+    assert tuple(field.name for field in dataclasses.fields(SamplingParams)) == PARAM_NAMES
 
 
 def test_request_modules_need_no_torch():

@@ -75,7 +75,9 @@ def test_repetitive_beginnings(size):
     assert join(run(texts, "aab")[0]) == "aa"
 
 
-@given(st.lists(st.text("ab", max_size=3)), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+@given(
+    st.lists(st.text("ab", max_size=3)), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3)
+)
 def test_any_cutting_gives_the_text_before_the_first_stop(texts, stops):
     """Whole text up to a stop; which of overlapping stops wins may depend on the cutting."""
     steps, is_stopped = run(texts, *stops)

@@ -107,9 +107,7 @@ def test_causal_attention_without_queries() -> None:
     "seqlens",
     [(1,), (0,), (3, 2), (1, 1, 1), (4, 0, 3), (255, 2, 256), (300, 212), (64, 64), (257,)],
 )
-def test_packed_attention(
-    seqlens: tuple[int, ...], window: int | None, dtype: torch.dtype
-) -> None:
+def test_packed_attention(seqlens: tuple[int, ...], window: int | None, dtype: torch.dtype) -> None:
     total = sum(seqlens)
     inputs = draw_attention(total, total)
     assert_equal_kernels("packed_attention", inputs, dtype, seqlens=seqlens, window=window)
@@ -165,6 +163,22 @@ LOADS = {
 def test_moe_experts(load: str, dtype: torch.dtype) -> None:
     inputs = draw_experts(LOADS[load])
     assert_equal_kernels("moe_experts", inputs, dtype, fp32_inputs=[1])
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bf16 kernels here"
+)
+def test_slots_are_summed_in_fp32_in_a_bf16_model() -> None:
+    """The recipe of bit-exactness: each expert's bf16 output, weighted and summed in fp32, cast."""
+    experts = choose_experts(50, num_chosen=4)
+    x, weights, _, *matrices = (i.bfloat16() for i in draw_experts(experts))
+    weights = weights.float()
+    total = torch.zeros(x.shape)
+    for k in range(4):
+        one = torch.ones(50, 1)
+        out = fused.moe_experts(x, one, experts[:, k : k + 1], *matrices)  # (T, D) of slot k
+        total += weights[:, k : k + 1] * out.float()
+    assert torch.equal(fused.moe_experts(x, weights, experts, *matrices), total.bfloat16())
 
 
 def test_experts_without_tokens_have_zero_gradients() -> None:

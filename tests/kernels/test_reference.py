@@ -37,9 +37,7 @@ def test_rotate_multiplies_complex_pairs() -> None:
 
 @pytest.mark.parametrize("window", [None, 1, 4])
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (9, 9), (3, 9)])
-def test_causal_attention_equals_torch(
-    num_queries: int, num_keys: int, window: int | None
-) -> None:
+def test_causal_attention_equals_torch(num_queries: int, num_keys: int, window: int | None) -> None:
     q, k, v = draw(num_queries, 4, 8), draw(2, num_keys, 8), draw(2, num_keys, 8)
     distance = torch.arange(num_keys - num_queries, num_keys)[:, None] - torch.arange(num_keys)
     visible = (distance >= 0) & (distance < (window or num_keys))
@@ -89,6 +87,4 @@ def test_linear_cross_entropy_counts_only_targets() -> None:
     hidden, weight, targets = draw(4, 6), draw(9, 6), torch.tensor([1, -100, 8, -100])
     log_probs = torch.log_softmax(hidden @ weight.t(), -1)
     expected = -(log_probs[0, 1] + log_probs[2, 8])
-    torch.testing.assert_close(
-        reference.linear_cross_entropy(hidden, weight, targets), expected
-    )
+    torch.testing.assert_close(reference.linear_cross_entropy(hidden, weight, targets), expected)

@@ -53,7 +53,9 @@ def draw_like(logits: Tensor) -> Tensor:
 
 
 @pytest.fixture(params=["fused", "reference"])
-def _each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _each_backend(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     monkeypatch.setenv("TRAMONTANE_KERNELS", request.param)
     get_kernels.cache_clear()
     yield
@@ -106,7 +108,7 @@ def test_packed_sequences_equal_single_ones(name: str, seqlens: tuple[int, ...])
 
 @torch.no_grad()
 def test_top_1_of_experts_equals_transformers() -> None:
-    """Logits alone: one expert has weight 1, so the gate's gradient is zero, there but for noise."""
+    """Logits alone: one expert has weight 1, so the gate's gradient is noise in both."""
     moe = MoeConfig(num_experts=4, num_experts_per_tok=1)
     model, tokens = make_model(make_config(moe=moe)), make_tokens(51)
     expected = compute_hf_logits(to_hf_model(model), tokens)

@@ -1,4 +1,4 @@
-"""Mixtral's router against transformers' (softmax over all experts, renormalised over the chosen)."""
+"""Mixtral's router against that of transformers (softmax over all experts, then renormalised)."""
 
 import torch
 from transformers import MixtralConfig

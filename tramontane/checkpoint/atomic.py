@@ -6,17 +6,23 @@ one rename. What a killed process left behind is removed by the next save in the
 
 import ctypes
 import errno
+import glob
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tramontane.errors import CapacityError, CheckpointError
 
-_TEMPORARY = ".saving-"
-_PREVIOUS = ".previous"
+# A name beside the target tells who works under it: .NAME.tramontane-saving-HOST-PID
+_SAVING = ".tramontane-saving-"
+_PREVIOUS = ".tramontane-previous-"
+_SECONDS_UNTIL_ABANDONED = (
+    24 * 3600
+)  # for the saves of other machines, whose processes we cannot see
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # <linux/fs.h>
 
@@ -28,7 +34,7 @@ def atomic_folder(target: Path | str, *, bytes_needed: int = 0) -> Iterator[Path
     Raises CapacityError when the disk has not `bytes_needed` bytes free or fills up on the way, and
     CheckpointError when the place cannot be written to. On any exception `target` stays as it was.
     """
-    target = Path(target).absolute()
+    target = Path(target).resolve()
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file; name a folder to write to")
     with _temporary_path(target, bytes_needed) as temporary:
@@ -45,7 +51,7 @@ def atomic_file(target: Path | str, *, bytes_needed: int = 0) -> Iterator[Path]:
 
     Raises as `atomic_folder` does.
     """
-    target = Path(target).absolute()
+    target = Path(target).resolve()
     if target.is_dir():
         raise CheckpointError(f"{target} is a folder; name a file to write to")
     with _temporary_path(target, bytes_needed) as temporary:
@@ -56,27 +62,30 @@ def atomic_file(target: Path | str, *, bytes_needed: int = 0) -> Iterator[Path]:
 
 
 def remove_interrupted_saves(parent: Path | str) -> None:
-    """Remove what killed saves of this machine left in `parent`, and finish what they had to undo.
+    """Remove what killed saves left in `parent`, and undo what they had begun to replace.
 
-    Where two folders cannot change places in one step (see `_replace_folder`) a kill may leave only
-    `.NAME.previous`; it gets its name back.
+    Where two folders cannot change places in one step (see `_replace_folder`) a kill may leave the
+    old one under its temporary name only; it gets its own name back.
     """
     parent = Path(parent)
-    for path in parent.glob(f".*{_TEMPORARY}*"):
-        host, _, pid = path.name.partition(_TEMPORARY)[2].rpartition("-")
-        if host == socket.gethostname() and pid.isdecimal() and not _is_running(int(pid)):
-            _remove(path)
-    for path in parent.glob(f".*{_PREVIOUS}"):
-        target = path.with_name(path.name[1 : -len(_PREVIOUS)])
-        if target.exists():
-            _remove(path)
-        else:
+    for path in parent.glob(f".*{_PREVIOUS}*"):
+        target = path.with_name(path.name[1:].rpartition(_PREVIOUS)[0])
+        if _is_abandoned(path, _PREVIOUS) and not target.exists():
             path.rename(target)
+    for mark in (_SAVING, _PREVIOUS):
+        for path in parent.glob(f".*{mark}*"):
+            if _is_abandoned(path, mark):
+                _remove(path)
+
+
+def find_previous(target: Path) -> Path | None:
+    """Where a killed save left the previous version of a `target` that is no longer there."""
+    return next(iter(sorted(target.parent.glob(f".{glob.escape(target.name)}{_PREVIOUS}*"))), None)
 
 
 def require_disk_space(folder: Path, bytes_needed: int) -> None:
     """Raise CapacityError unless the disk of `folder` has `bytes_needed` bytes free."""
-    free = shutil.disk_usage(folder).free
+    free = _count_free_bytes(folder)
     if bytes_needed > free:
         raise CapacityError(
             f"{folder}: {bytes_needed:,} bytes needed, {free:,} bytes free; "
@@ -96,28 +105,33 @@ def sync_path(path: Path) -> None:
 @contextmanager
 def _temporary_path(target: Path, bytes_needed: int) -> Iterator[Path]:
     """A name beside `target` that tells whose it is; gone afterwards, whatever happens."""
-    suffix = f"{_TEMPORARY}{socket.gethostname()}-{os.getpid()}"
-    temporary = target.with_name(f".{target.name}{suffix}")
+    temporary = _mark_path(target, _SAVING)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_interrupted_saves(target.parent)
         require_disk_space(target.parent, bytes_needed)
         _remove(temporary)
-        yield temporary
+        try:
+            yield temporary
+        finally:
+            _remove(temporary)
     except OSError as error:
         raise _explain(error, target, bytes_needed) from error
-    finally:
-        _remove(temporary)
 
 
 def _explain(error: OSError, target: Path, bytes_needed: int) -> CapacityError | CheckpointError:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return CheckpointError(f"{target} cannot be written: {error}")
-    free = shutil.disk_usage(target.parent).free
+    needed = f"{bytes_needed:,} bytes needed, " if bytes_needed else ""
     return CapacityError(
-        f"{target}: the disk is full ({error.strerror}): {bytes_needed:,} bytes needed, {free:,} "
-        "bytes free; what was there before is untouched"
+        f"{target}: the disk is full ({error.strerror}): {needed}"
+        f"{_count_free_bytes(target.parent):,} bytes free; nothing half-written stays there"
     )
+
+
+def _count_free_bytes(folder: Path) -> int:
+    """Free bytes on the disk of `folder`, which need not exist yet."""
+    return shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
 
 
 def _sync_tree(folder: Path) -> None:
@@ -137,7 +151,7 @@ def _replace_folder(new: Path, target: Path) -> None:
     if not target.exists():
         new.rename(target)
     elif not _exchange(new, target):
-        previous = target.with_name(f".{target.name}{_PREVIOUS}")
+        previous = _mark_path(target, _PREVIOUS)
         target.rename(previous)
         try:
             new.rename(target)
@@ -159,6 +173,21 @@ def _exchange(first: Path, second: Path) -> bool:
     if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
         return False
     raise OSError(code, os.strerror(code), str(second))
+
+
+def _mark_path(target: Path, mark: str) -> Path:
+    return target.with_name(f".{target.name}{mark}{socket.gethostname()}-{os.getpid()}")
+
+
+def _is_abandoned(path: Path, mark: str) -> bool:
+    """Whether the process that worked under this name is gone."""
+    host, _, pid = path.name.rpartition(mark)[2].rpartition("-")
+    if host == socket.gethostname() and pid.isdecimal() and not _is_running(int(pid)):
+        return True
+    try:
+        return time.time() - path.stat().st_mtime > _SECONDS_UNTIL_ABANDONED
+    except FileNotFoundError:  # its process has just finished
+        return False
 
 
 def _is_running(pid: int) -> bool:

@@ -41,11 +41,11 @@ def match_tensors(
     if missing or unexpected:
         lists = _list("missing", missing) + _list("unexpected", unexpected)
         raise CheckpointError(f"{folder}: {'; '.join(lists)}; incomplete download?")
-    return sorted(pairs, key=lambda pair: (pair.stored.file.path, pair.stored.begin))
+    return sorted(pairs, key=lambda pair: (pair.stored.path, pair.stored.begin))
 
 
 def find_common_dtype(pairs: Iterable[TensorPair]) -> torch.dtype:
-    """The one dtype of all tensors. Raises CheckpointError, naming two of them, if there are more."""
+    """The one dtype of all tensors. CheckpointError names two of them if there are more."""
     examples = {pair.stored.dtype: pair.stored for pair in pairs}
     if len(examples) > 1:
         mix = ", ".join(f"{stored.place} is {dtype}" for dtype, stored in examples.items())

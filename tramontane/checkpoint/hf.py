@@ -88,7 +88,8 @@ def _read_index(path: Path) -> dict[str, str]:
         is_plain = isinstance(shard, str) and shard == Path(shard).name
         if not is_plain or not shard.endswith(".safetensors"):
             raise CheckpointError(
-                f"{path}: {name} is said to be in {shard!r}; it must be a .safetensors file beside it"
+                f"{path}: {name} is said to be in {shard!r}, which is not the name of a "
+                ".safetensors file in the same folder"
             )
     return weight_map
 

@@ -5,6 +5,7 @@ Pickled weights (.bin, .pt, .pth) are refused by name: unpickling runs whatever 
 
 from pathlib import Path
 
+from tramontane.checkpoint.atomic import find_previous
 from tramontane.checkpoint.hf import HUGGING_FACE
 from tramontane.checkpoint.layout import Layout
 from tramontane.errors import CheckpointError
@@ -17,7 +18,9 @@ _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 def find_layout(path: Path) -> Layout:
     """The layout of the checkpoint at `path`. Raises CheckpointError if there is none."""
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist; looked for {_describe_layouts()}")
+        previous = find_previous(path.absolute())
+        remedy = f"; a killed save left its previous version at {previous}" if previous else ""
+        raise CheckpointError(f"{path} does not exist; looked for {_describe_layouts()}{remedy}")
     for layout in LAYOUTS:
         if layout.is_at(path):
             return layout

@@ -1,7 +1,8 @@
 """Weights into a model: every tensor is accounted for, none is invented.
 
-The model is built without memory, on the meta device; tensors that have their final form stay views
-of the mapped file, and experts are copied straight into their stack. Peak memory is the model.
+The model is built without memory, on the meta device. Tensors that have their final form stay
+views of the mapped file; experts are copied straight into their stack: peak memory is that of the
+model and of one tensor.
 """
 
 from collections.abc import Iterable
@@ -99,21 +100,15 @@ class _Collector:
 
 def _assign(model: Transformer, parameters: dict[str, Tensor], pairs: Iterable[TensorPair]) -> None:
     """Make the values the model's parameters; a tied head is the embeddings themselves."""
-    if model.config.tie_embeddings:
-        embeddings = parameters["tok_embeddings.weight"]
-        head = parameters.setdefault("output.weight", embeddings)
-        if not torch.equal(head, embeddings):
-            raise CheckpointError(
-                f"{_find_source(pairs, 'output.weight')} differs from the embeddings, but "
-                "tie_word_embeddings is true; these files do not belong together"
-            )
+    if not model.config.tie_embeddings:
+        model.load_state_dict(parameters, strict=True, assign=True)
+        return
+    embeddings = parameters["tok_embeddings.weight"]
+    if not torch.equal(parameters.setdefault("output.weight", embeddings), embeddings):
+        heads = (pair.stored for pair in pairs if Part("output.weight") in pair.expected.parts)
+        raise CheckpointError(
+            f"{next(heads).place} differs from the embeddings, but tie_word_embeddings is true; "
+            "these files do not belong together"
+        )
     model.load_state_dict(parameters, strict=True, assign=True)
-    if model.config.tie_embeddings:
-        model.output.weight = model.tok_embeddings.weight
-
-
-def _find_source(pairs: Iterable[TensorPair], parameter: str) -> str:
-    sources = (
-        p.stored.place for p in pairs if any(q.parameter == parameter for q in p.expected.parts)
-    )
-    return next(sources)
+    model.output.weight = model.tok_embeddings.weight

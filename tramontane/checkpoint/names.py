@@ -13,7 +13,7 @@ from tramontane.config import ModelConfig
 
 
 class Dim(NamedTuple):
-    """One dimension of a tensor: the configuration's word for it, as the file has it, and its size."""
+    """One dimension of a tensor: what the configuration file calls it, and its size."""
 
     field: str
     size: int
@@ -45,10 +45,12 @@ class ExpectedTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The sizes alone."""
         return tuple(dim.size for dim in self.dims)
 
 
 TensorMap = dict[str, ExpectedTensor]
+NamedTensors = Iterator[tuple[str, ExpectedTensor]]
 
 _HF_HEAD = "lm_head.weight"
 _HF_ATTENTION = {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"}
@@ -89,7 +91,7 @@ def map_hf(config: ModelConfig, stored: Collection[str] = ()) -> TensorMap:
 
 
 def is_derived(name: str) -> bool:
-    """Whether a tensor holds only what follows from the configuration, and so may be passed over."""
+    """Whether a tensor holds only what follows from the configuration; it may be passed over."""
     return name.endswith(_HF_DERIVED_SUFFIX)
 
 
@@ -110,9 +112,7 @@ def _whole(parameter: str, *dims: Dim) -> ExpectedTensor:
     return ExpectedTensor(dims, (Part(parameter),))
 
 
-def _map_hf_attention(
-    config: ModelConfig, theirs: str, ours: str
-) -> Iterator[tuple[str, ExpectedTensor]]:
+def _map_hf_attention(config: ModelConfig, theirs: str, ours: str) -> NamedTensors:
     dim = Dim("hidden_size", config.dim)
     queries = Dim("num_attention_heads * head_dim", config.n_heads * config.head_dim)
     keys = Dim("num_key_value_heads * head_dim", config.n_kv_heads * config.head_dim)
@@ -124,17 +124,13 @@ def _map_hf_attention(
         yield f"{theirs}.{name}.weight", _whole(f"{ours}.{norm}.weight", dim)
 
 
-def _map_hf_dense(
-    config: ModelConfig, theirs: str, ours: str
-) -> Iterator[tuple[str, ExpectedTensor]]:
+def _map_hf_dense(config: ModelConfig, theirs: str, ours: str) -> NamedTensors:
     for matrix, name in _HF_DENSE.items():
         parameter = f"{ours}.feed_forward.{matrix}.weight"
         yield f"{theirs}.mlp.{name}.weight", _whole(parameter, *_matrix_dims(config, matrix))
 
 
-def _map_hf_experts(
-    config: ModelConfig, theirs: str, ours: str
-) -> Iterator[tuple[str, ExpectedTensor]]:
+def _map_hf_experts(config: ModelConfig, theirs: str, ours: str) -> NamedTensors:
     experts = _count_experts(config)
     yield _map_gate(config, f"{theirs}.block_sparse_moe", ours)
     for expert in range(experts.size):
@@ -144,9 +140,7 @@ def _map_hf_experts(
             yield name, ExpectedTensor(_matrix_dims(config, matrix), (part,))
 
 
-def _map_hf_fused_experts(
-    config: ModelConfig, theirs: str, ours: str
-) -> Iterator[tuple[str, ExpectedTensor]]:
+def _map_hf_fused_experts(config: ModelConfig, theirs: str, ours: str) -> NamedTensors:
     experts, hidden = _count_experts(config), config.hidden_dim
     dim = Dim("hidden_size", config.dim)
     stack = f"{ours}.feed_forward.experts"

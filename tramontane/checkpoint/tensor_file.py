@@ -8,10 +8,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,17 +24,9 @@ _MAX_RANK = 8
 _MAX_BYTES = 2**62
 
 
-class MappedFile:
-    """A file whose bytes become memory when they are touched; mapped once, on first use."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.num_bytes = path.stat().st_size
-
-    @cached_property
-    def data(self) -> Tensor:
-        """All bytes, uint8; writing to them does not reach the disk."""
-        return torch.from_file(str(self.path), size=self.num_bytes, dtype=torch.uint8)
+class _File(NamedTuple):
+    path: Path
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -42,7 +34,7 @@ class StoredTensor:
     """A tensor in a file, not read yet. `begin` and `end` count from the start of the file."""
 
     name: str
-    file: MappedFile
+    path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int
@@ -51,11 +43,19 @@ class StoredTensor:
     @property
     def place(self) -> str:
         """File and name, for messages."""
-        return f"{self.file.path}: {self.name}"
+        return f"{self.path}: {self.name}"
 
     def read(self) -> Tensor:
-        """The values, as a view of the mapped file where its alignment allows, else as a copy."""
-        data = self.file.data[self.begin : self.end]
+        """The values, as a view of the mapped file where its alignment allows, else as a copy.
+
+        Memory fills when it is touched, and writing to it does not reach the disk. Each tensor maps
+        its own bytes alone, so that those of a tensor that is copied go as soon as it is dropped.
+        """
+        if self.begin == self.end:
+            return torch.empty(self.shape, dtype=self.dtype)
+        size = self.end - self.begin
+        mapped = np.memmap(self.path, dtype=np.uint8, mode="c", offset=self.begin, shape=(size,))
+        data = torch.from_numpy(mapped)
         if self.begin % self.dtype.itemsize:
             data = data.clone()
         return data.view(self.dtype).view(self.shape)
@@ -66,7 +66,7 @@ def read_table(path: Path) -> dict[str, StoredTensor]:
 
     Raises CheckpointError, naming file, tensor and reason, on anything that the format forbids.
     """
-    file = MappedFile(path)
+    file = _File(path, path.stat().st_size)
     with path.open("rb") as handle:
         header, data_begin = _read_header(handle, file)
     tensors = {
@@ -79,7 +79,12 @@ def read_table(path: Path) -> dict[str, StoredTensor]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype) -> None:
-    """Write a safetensors file in the order given, converting one tensor at a time to `dtype`."""
+    """Write a safetensors file in the order given, converting one tensor at a time to `dtype`.
+
+    Raises CheckpointError on a dtype that `read_table` would refuse.
+    """
+    if dtype not in _DTYPE_NAMES:
+        raise CheckpointError(f"{path}: cannot store {dtype}; known are {sorted(_DTYPES)}")
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():
@@ -110,7 +115,7 @@ def _write_values(handle: BinaryIO, tensor: Tensor) -> None:
     handle.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
-def _read_header(handle: BinaryIO, file: MappedFile) -> tuple[dict[str, Any], int]:
+def _read_header(handle: BinaryIO, file: _File) -> tuple[dict[str, Any], int]:
     """The header and the position at which the data begins."""
     if file.num_bytes < 8:
         raise CheckpointError(
@@ -134,7 +139,7 @@ def _refuse_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _check_entry(name: str, entry: Any, *, file: MappedFile, data_begin: int) -> StoredTensor:
+def _check_entry(name: str, entry: Any, *, file: _File, data_begin: int) -> StoredTensor:
     where = f"{file.path}: {name}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: its entry is not one of dtype, shape and data_offsets")
@@ -155,7 +160,7 @@ def _check_entry(name: str, entry: Any, *, file: MappedFile, data_begin: int) ->
             f"{where} ends at byte {end:,}, but the file has {file.num_bytes:,}: "
             f"{end - file.num_bytes:,} bytes are missing; incomplete download?"
         )
-    return StoredTensor(name, file, dtype, shape, begin, end)
+    return StoredTensor(name, file.path, dtype, shape, begin, end)
 
 
 def _check_dtype(value: Any, *, where: str) -> torch.dtype:
@@ -178,7 +183,7 @@ def _check_sizes(values: Any, *, where: str, max_count: int) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _check_coverage(tensors: Sequence[StoredTensor], file: MappedFile, data_begin: int) -> None:
+def _check_coverage(tensors: Sequence[StoredTensor], file: _File, data_begin: int) -> None:
     """Tensors have to follow one another without hole or overlap and to end with the file."""
     position, last = data_begin, "the header"
     for tensor in tensors:

@@ -15,6 +15,7 @@ from tramontane.checkpoint.atomic import atomic_folder
 from tramontane.checkpoint.hf import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from tramontane.checkpoint.names import ExpectedTensor, map_hf
 from tramontane.checkpoint.tensor_file import write_tensors
+from tramontane.errors import CheckpointError
 from tramontane.models.transformer import Transformer
 
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -41,8 +42,9 @@ def save_model(
 ) -> None:
     """Write `model` to `folder` in `dtype`, with its tokenizer and `extra_files` (name -> text).
 
-    A folder that is there is replaced, as a whole and at the end. Raises CapacityError when the disk
-    does not suffice and CheckpointError when `folder` cannot be written to.
+    A folder that is there is replaced, as a whole and at the end. Raises CapacityError when the
+    disk does not suffice and CheckpointError when `folder` cannot be written to, or when the model
+    has parameters that this layout has no names for.
     """
     tensors = _name_tensors(model)
     total = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
@@ -61,11 +63,14 @@ def save_model(
 def _name_tensors(model: Transformer) -> dict[str, Tensor]:
     """The tensors to store, under their foreign names; experts are views of their stack."""
     parameters = model.state_dict()
-    return {
-        name: _extract(parameters, expected)
-        for name, expected in map_hf(model.config).items()
-        if not expected.is_optional
-    }
+    expected = map_hf(model.config)
+    known = {part.parameter for tensor in expected.values() for part in tensor.parts}
+    if nameless := sorted(set(parameters) - known):
+        raise CheckpointError(
+            f"a Hugging Face folder has no names for {nameless}; merge or remove them before saving"
+        )
+    kept = {name: tensor for name, tensor in expected.items() if not tensor.is_optional}
+    return {name: _extract(parameters, tensor) for name, tensor in kept.items()}
 
 
 def _extract(parameters: Mapping[str, Tensor], expected: ExpectedTensor) -> Tensor:

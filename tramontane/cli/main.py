@@ -1,8 +1,10 @@
 """The `tramontane` command: finds the verb, and turns errors into messages and exit codes.
 
-Exit codes: 0 done, 1 an error of ours (its message says what to do), 2 wrong usage, 130 Ctrl-C.
+Exit codes: 0 done, 1 an error of ours (its message says what to do), 2 wrong usage, 130 Ctrl-C,
+141 the reader of a pipe has left (`tramontane run ... | head`).
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -22,8 +24,12 @@ _TOKENIZER_VERBS = {"train": "Train a byte-level BPE tokenizer on text."}
 
 def build_app() -> App:
     """The tree of verbs; nothing of a verb is imported before it is called."""
-    app = App(name="tramontane", help="Train, run and look inside Mixtral models.",
-              version=__version__)  # fmt: skip
+    app = App(
+        name="tramontane",
+        help="Train, run and look inside Mixtral models.",
+        version=__version__,
+        suppress_keyboard_interrupt=False,  # run_command answers it
+    )
     for verb, summary in _VERBS.items():
         app.command(f"tramontane.cli.{verb}:{verb}", name=verb, help=summary)
     tokenizer = App(name="tokenizer", help="Make tokenizers.")
@@ -44,7 +50,15 @@ def run_command(arguments: Sequence[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        _discard_output()
+        return 141
     return 0
+
+
+def _discard_output() -> None:
+    """Send what Python writes at exit, the rest of its buffers, nowhere: the pipe is closed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ def train(
 ) -> None:
     """Train a model on text, from a TOML file, from flags, or both (flags win).
 
-    Example: tramontane train --source book.txt --model tramontane-22m --out runs/book
+    Example: tramontane train --source book.txt --model tramontane-23m --out runs/book
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ def train(
     out
         Folder of the run: tokenizer, checkpoints, log, and the finished model.
     model
-        A preset, such as tramontane-22m.
+        A preset, such as tramontane-23m.
     tokenizer
         Folder with a tokenizer.json; without it a vocabulary is learnt from the sources.
     vocab_size
@@ -92,7 +92,7 @@ def train(
     """
     import torch
 
-    from tramontane.train.memory import keep_freed_memory
+    from tramontane.train.memory import keep_compiled_products, keep_freed_memory
     from tramontane.train.pretrain import load_pretrain_config, pretrain
     from tramontane.train.progress import ProgressPrinter
 
@@ -112,6 +112,7 @@ def train(
     }  # fmt: skip
     resolved = load_pretrain_config(config, _drop_unset(flags))
     keep_freed_memory()
+    keep_compiled_products()
     if threads is not None:
         torch.set_num_threads(threads)
     with ProgressPrinter(print_every=resolved.loop.log_every) as printer:

@@ -1,4 +1,4 @@
-"""Generation: requests (`sequence`), the key-value cache, the sampler, and the loop that joins them.
+"""Generation: requests (`sequence`), the cache, the sampler, and the loop that joins them.
 
 `llm.LLM` is the way in. `sampling_params`, `generation_config`, `text_output`, `sequence` and
 `bundled` need no torch.

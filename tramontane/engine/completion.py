@@ -1,15 +1,14 @@
 """What a request gives back: the answer, its parts as they come, and how long it took."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 FinishReason = Literal["stop", "length", "abort"]
 
 
-@dataclass(frozen=True)
-class TextPiece:
+class TextPiece(NamedTuple):
     """Text of one token, and the experts (L, K) int16 that it chose, if they were asked for.
 
     The last token of an answer never runs through the model, so its experts are None.

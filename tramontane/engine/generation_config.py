@@ -65,5 +65,7 @@ def _read_eos_ids(values: Mapping[str, Any], path: Path, *, eos_id: int) -> froz
         return frozenset({eos_id})
     ids = given if isinstance(given, list) else [given]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise ConfigError(f"{path}: eos_token_id is {given!r}; it must be a token id, or a list of them")
+        raise ConfigError(
+            f"{path}: eos_token_id is {given!r}; it must be a token id, or a list of them"
+        )
     return frozenset(ids)

@@ -1,4 +1,4 @@
-"""Keys and values of one sequence, contiguous, or rolling where a sliding window bounds what is seen.
+"""Keys and values of one sequence: contiguous, or rolling where there is a sliding window.
 
 A token at position p lies in slot p mod the number of slots. With a window of 4 and positions
 0 .. 5 written, the slots hold positions [4, 5, 2, 3]; the next token, 6, replaces 2. Source:
@@ -34,7 +34,7 @@ class LayerCache:
             self._write(k, v, start=start)
             seen = slice(0, self.num_tokens)
             return attention(q, self._keys[:, seen], self._values[:, seen], window=window)
-        assert window is not None and window <= self._num_slots, (window, self._num_slots)
+        assert (window or self.num_tokens) <= self._num_slots, (window, self._num_slots)
         if len(q) == 1:
             # All slots are in the window now, and attention does not depend on their order.
             self._write(k, v, start=start)
@@ -95,14 +95,14 @@ class KVCache:
 
 
 class BatchedLayerCache:
-    """One layer's caches of several sequences, whose new tokens lie one after another in the batch."""
+    """One layer's caches of several sequences; their new tokens lie one after another."""
 
     def __init__(self, caches: Sequence[LayerCache], seqlens: Sequence[int]) -> None:
         assert len(caches) == len(seqlens), (len(caches), len(seqlens))
         self._caches, self._seqlens = caches, list(seqlens)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
-        """Each sequence attends to its own cache: q (T, H, S) with T = sum(seqlens) -> (T, H, S)."""
+        """Each sequence attends to its own cache; q (T, H, S) with T = sum(seqlens)."""
         parts = zip(self._caches, *(x.split(self._seqlens) for x in (q, k, v)), strict=True)
         return torch.cat([cache.attend(*qkv, window=window) for cache, *qkv in parts])
 

@@ -1,10 +1,11 @@
 """The Python interface: load a model folder, then `generate` or `stream`.
 
-    llm = LLM()
-    print(llm.generate("Once upon a time", SamplingParams(max_tokens=100)).text)
+llm = LLM()
+print(llm.generate("Once upon a time", SamplingParams(max_tokens=100)).text)
 """
 
-from collections.abc import Iterator, Sequence as Items
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import overload
 
@@ -71,7 +72,7 @@ class LLM:
         max_num_seqs: int = MAX_NUM_SEQS,
     ) -> None:
         self.folder = find_bundled_model() if model is None else Path(model)
-        self.model = load_model(self.folder, dtype=dtype, device=device).eval()
+        self.model = load_model(self.folder, dtype=dtype, device=device)
         self.tokenizer = Tokenizer.from_folder(self.folder)
         _check_vocabulary(self.tokenizer, self.model.config, self.folder)
         self.generation_config = load_generation_config(self.folder, eos_id=self.tokenizer.eos_id)
@@ -100,7 +101,7 @@ class LLM:
     @overload
     def generate(
         self,
-        prompt: Items[str],
+        prompt: list[str],
         params: SamplingParams | None = ...,
         *,
         collect_routing: bool = ...,
@@ -108,7 +109,7 @@ class LLM:
 
     def generate(
         self,
-        prompt: str | Items[str],
+        prompt: str | list[str],
         params: SamplingParams | None = None,
         *,
         collect_routing: bool = False,

@@ -84,7 +84,7 @@ class Sampler:
         return token
 
     def filter(self, logits: Tensor) -> Tensor:
-        """Temperature and the filters: what softmax of the result gives to each token is its chance."""
+        """Temperature and the filters; the softmax of the result is each token's chance."""
         params = self._params
         logits = scale_temperature(logits, params.temperature)
         if params.top_k > 0:

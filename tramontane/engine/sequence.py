@@ -92,7 +92,7 @@ class Sequence:
         """
         pieces = []
         while self._waiting_segments:
-            at = self.num_prompt_tokens + self._waiting_segments[0].index
+            at = self.num_prompt_tokens + self._waiting_segments[0].token_index
             if with_experts and at >= self.num_cached_tokens and not self.is_finished:
                 break
             text = self._waiting_segments.popleft().text
@@ -136,5 +136,5 @@ def _check_prompt_length(num_prompt_tokens: int, max_seq_len: int) -> None:
     if num_prompt_tokens >= max_seq_len:
         raise ContextError(
             f"the prompt has {num_prompt_tokens} tokens, but the context of this model holds "
-            f"{max_seq_len}, answer included; shorten the prompt to {max_seq_len - 1} tokens or fewer"
+            f"{max_seq_len}, answer included; shorten the prompt to at most {max_seq_len - 1}"
         )

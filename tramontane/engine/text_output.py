@@ -21,9 +21,9 @@ class Decoder(Protocol):
 
 
 class Segment(NamedTuple):
-    """Characters that the answer's token number `index` completed."""
+    """Characters that the answer's token number `token_index` completed."""
 
-    index: int
+    token_index: int
     text: str
 
 

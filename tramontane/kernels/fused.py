@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 QUERY_BLOCK = 256  # queries per attention block: scores of one block stay in the L2 cache
 KEY_STEP = 64  # the first key of a block is a multiple of this
-ROW_STEP = 64  # rows of an expert are padded to a multiple of this, above it
+MIN_PADDED_ROWS = 64  # experts with fewer rows are not padded
 HEAD_BLOCK = 512  # tokens per block of the head: 512 x vocabulary logits
 
 
@@ -200,13 +200,13 @@ class _ExpertRows(NamedTuple):
 
 
 def _sort_by_expert(experts: Tensor, *, num_experts: int) -> _ExpertRows:
-    """experts (T, K) -> rows of each expert, e.g. counts (70, 0, 3) -> spans 0:128 and 128:131."""
+    """experts (T, K) -> rows of each expert, e.g. counts (70, 0, 3) -> spans 0:72 and 72:75."""
     flat = experts.flatten()
     order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat, minlength=num_experts)
     spans, shifts, start, padded_start = [], [], 0, 0
     for expert, count in enumerate(counts.tolist()):
-        padded = count if count <= ROW_STEP else -(-count // ROW_STEP) * ROW_STEP
+        padded = _round_up_rows(count)
         shifts.append(padded_start - start)
         if count:
             spans.append((expert, slice(padded_start, padded_start + padded)))
@@ -220,6 +220,14 @@ def _sort_by_expert(experts: Tensor, *, num_experts: int) -> _ExpertRows:
     is_real = torch.zeros(padded_start, 1, dtype=torch.bool, device=flat.device)
     is_real[row] = True
     return _ExpertRows(slot_of_row, row_of_slot, is_real, spans)
+
+
+def _round_up_rows(count: int) -> int:
+    """To one of 8 sizes per octave: 70 -> 72, 1000 -> 1024, 1100 -> 1152."""
+    if count <= MIN_PADDED_ROWS:
+        return count
+    step = 1 << (count.bit_length() - 4)
+    return -(-count // step) * step
 
 
 class _MoeExperts(torch.autograd.Function):

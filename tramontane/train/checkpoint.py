@@ -1,9 +1,9 @@
 """A run on disk: its configuration, its log, and checkpoints from which it goes on bit by bit.
 
-    OUT/config.json            what was asked for
-    OUT/log.jsonl              one line per report
-    OUT/checkpoints/step-N/    optimizer.safetensors, progress.json; whole or not there at all
-    OUT/lock                   held while a process trains here
+OUT/config.json            what was asked for
+OUT/log.jsonl              one line per report
+OUT/checkpoints/step-N/    optimizer.safetensors, progress.json; whole or not there at all
+OUT/lock                   held while a process trains here
 """
 
 import fcntl
@@ -28,7 +28,7 @@ class RunFolder:
     """The folder of one training run."""
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()
         self.log_path = self.path / "log.jsonl"
         self._checkpoints = self.path / "checkpoints"
 
@@ -87,9 +87,7 @@ class RunFolder:
             self._checkpoints.glob("step-*"), key=lambda path: int(path.name.partition("-")[2])
         )
 
-    def save(
-        self, optimizer: MasterAdamW, progress: dict[str, Any], *, keep: int = 2
-    ) -> Path:
+    def save(self, optimizer: MasterAdamW, progress: dict[str, Any], *, keep: int = 2) -> Path:
         """Write a checkpoint after `progress["step"]` steps; then drop all but the `keep` newest.
 
         Raises CapacityError when the disk is full; older checkpoints stay.
@@ -135,6 +133,7 @@ class RunFolder:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to the log."""
+        self.path.mkdir(parents=True, exist_ok=True)
         with open(self.log_path, "a") as file:
             file.write(json.dumps(record) + "\n")
 

@@ -25,9 +25,7 @@ def measure_bits_per_byte(
     }
 
 
-def _measure_file(
-    model: Transformer, file: TokenFile, *, seq_len: int, max_tokens: int
-) -> float:
+def _measure_file(model: Transformer, file: TokenFile, *, seq_len: int, max_tokens: int) -> float:
     nats, num_bytes = 0.0, 0
     for held_out in iterate_held_out(file, seq_len=seq_len, max_tokens=max_tokens):
         nats += compute_next_token_loss(model, held_out.batch).objective.item()

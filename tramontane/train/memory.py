@@ -1,6 +1,7 @@
-"""Keeps the C library from handing memory back to the system between steps."""
+"""Settings of the C library and of oneDNN that a long run on a CPU gains from."""
 
 import ctypes
+import os
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # <malloc.h>
 
@@ -14,5 +15,17 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    settings = ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 256 << 20))
+    settings = (
+        (_M_MMAP_THRESHOLD, 32 << 20),
+        (_M_TRIM_THRESHOLD, 2**31 - 1),
+        (_M_TOP_PAD, 256 << 20),
+    )
     return all([mallopt(option, value) == 1 for option, value in settings])
+
+
+def keep_compiled_products() -> None:
+    """Let oneDNN remember 4,096 compiled matrix products instead of 1,024.
+
+    It compiles one for each shape, and experts have many row counts. Call before the first product.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")

@@ -93,14 +93,16 @@ class MasterAdamW:
 
         Raises TrainingError that names the first parameter whose gradient is not finite.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), self.config.max_grad_norm)
+        gradients = {n: w.grad for n, w in self.masters.items() if w.grad is not None}
+        norm = torch.nn.utils.get_total_norm(gradients.values())
         if not torch.isfinite(norm):
-            bad = [n for n, w in self.masters.items() if w.grad is not None and not _finite(w.grad)]
+            bad = [name for name, grad in gradients.items() if not torch.isfinite(grad).all()]
             self.clear()
             raise TrainingError(
                 f"step {step}: the gradient of {bad[0] if bad else 'the model'} is not finite; the "
                 "step was not applied. Lower the learning rate, or look at the data of this step"
             )
+        torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self.config.max_grad_norm, norm)
         return norm.item()
 
     def step(self, lr: float) -> None:
@@ -141,7 +143,3 @@ class MasterAdamW:
                 "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].clone(),
             }
         self.write_back()
-
-
-def _finite(x: Tensor) -> bool:
-    return bool(torch.isfinite(x).all())

@@ -1,8 +1,8 @@
 """Pre-training: text files of several domains become a model in the Hugging Face layout.
 
-    OUT/tokenizer/   the vocabulary, learnt from the same mixture unless one is given
-    OUT/tokens/      the encoded text
-    OUT/model/       the model after the last step
+OUT/tokenizer/   the vocabulary, learnt from the same mixture unless one is given
+OUT/tokens/      the encoded text
+OUT/model/       the model after the last step
 """
 
 import tomllib
@@ -113,11 +113,7 @@ def _build_model_config(values: dict[str, Any], vocab_size: int | None) -> Model
     if vocab_size is not None:
         values["vocab_size"] = vocab_size
     if "preset" in values:
-        base = get_preset(values.pop("preset")).to_dict()
-        if values.get("moe") == {}:  # an empty table makes the model dense
-            base["moe"] = None
-            values.pop("moe")
-        values = _merge(base, values)
+        values = _merge(get_preset(values.pop("preset")).to_dict(), values)
     return ModelConfig.from_dict(values)
 
 

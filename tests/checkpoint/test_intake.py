@@ -1,0 +1,130 @@
+"""What is not a checkpoint of ours is refused by name (C30); nothing in it is run (C01, C02)."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import make_model
+from tramontane.checkpoint.loader import load_config, load_model
+from tramontane.checkpoint.writer import save_model
+from tramontane.errors import CheckpointError, ConfigError
+
+_PICKLES = ["pytorch_model.bin", "consolidated.00.pth", "model.pt", "weights.pickle", "x.ckpt"]
+
+
+class _Canary:
+    """Unpickling makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A saved model."""
+    save_model(make_model(), tmp_path / "m", dtype=torch.float32)
+    return tmp_path / "m"
+
+
+@pytest.mark.parametrize("name", _PICKLES)
+def test_c01_pickled_weights_are_refused_unopened(tmp_path: Path, folder: Path, name: str) -> None:
+    """C01: alone in a folder, and named themselves; the message names the file and the remedy."""
+    (folder / "model.safetensors").unlink()
+    torch.save(_Canary(tmp_path / "canary"), folder / name)
+    for path in (folder, folder / name):
+        with pytest.raises(CheckpointError, match="safetensors only: convert it first") as error:
+            load_model(path)
+        assert str(folder / name) in str(error.value)
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("name", _PICKLES)
+def test_c01_pickled_weights_beside_safetensors_are_left_alone(
+    tmp_path: Path, folder: Path, name: str
+) -> None:
+    torch.save(_Canary(tmp_path / "canary"), folder / name)
+    load_model(folder)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_c02_code_in_a_folder_is_never_imported(tmp_path: Path, folder: Path) -> None:
+    """C02: `auto_map` of config.json is refused by name, tokenizer_config.json is not read."""
+    (folder / "canary.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')")
+    code = {
+        "auto_map": {"AutoModelForCausalLM": "canary.Model", "AutoTokenizer": ["canary.T", None]}
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(code))
+    load_model(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | code))
+    with pytest.raises(ConfigError, match=r"auto_map.*never runs it"):
+        load_model(folder)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_c30_wrong_path_names_the_path_and_what_was_looked_for(tmp_path: Path) -> None:
+    path = tmp_path / "mixtral-8x7b-typo"
+    for load in (load_config, load_model):
+        with pytest.raises(
+            CheckpointError, match=r"does not exist; looked for model\.safetensors"
+        ) as e:
+            load(path)
+        assert str(path) in str(e.value)
+
+
+def test_c30_folder_without_weights_says_what_it_has(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no weights: looked for .*, found an empty folder"):
+        load_model(tmp_path)
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(CheckpointError, match=r"index.json .*, found \['notes.txt'\]"):
+        load_model(tmp_path)
+
+
+def test_c30_weights_without_configuration(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no config.json; incomplete download\?"):
+        load_model(folder)
+    (folder / "config.json").write_text('{"model_type": "mix')
+    with pytest.raises(CheckpointError, match=r"config.json is not valid JSON: .*line 1"):
+        load_model(folder)
+
+
+def test_c30_a_file_is_not_a_folder(folder: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors is a file; name the folder with"
+    ):
+        load_model(folder / "model.safetensors")
+
+
+def test_c30_other_formats_beside_the_folder_do_not_disturb_it(folder: Path) -> None:
+    for name in ("model-q4.gguf", "consolidated.safetensors"):
+        (folder / name).write_bytes(b"GGUF")
+    load_model(folder)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_c30_no_permission(folder: Path) -> None:
+    (folder / "model.safetensors").chmod(0)
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*Permission denied"):
+        load_model(folder)
+
+
+def test_c30_unreadable_file_is_named(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*model.safetensors"):
+        load_model(folder)
+
+
+def test_a_killed_save_is_pointed_out(folder: Path) -> None:
+    previous = folder.with_name(".m.tramontane-previous-host-1")
+    shutil.move(folder, previous)
+    with pytest.raises(CheckpointError, match=f"its previous version at {previous}"):
+        load_model(folder)
