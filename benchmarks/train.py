@@ -49,6 +49,7 @@ class Contender:
     losses: list[float] = field(default_factory=list)
 
     def step(self, batch: PackedBatch) -> None:
+        """One timed update."""
         started = time.perf_counter()
         self.losses.append(self.backward(batch))
         self.optimizer.accumulate()
@@ -58,6 +59,7 @@ class Contender:
 
     @property
     def rate(self) -> float:
+        """Tokens per second, by the median step."""
         return ROWS * SEQ_LEN / statistics.median(self.seconds[WARMUP_STEPS:])
 
 
@@ -70,7 +72,7 @@ def build_ours(folder: Path, config: ModelConfig, *, dtype: torch.dtype) -> Cont
 
     def backward(batch: PackedBatch) -> float:
         terms = compute_next_token_loss(model, batch)
-        loss = terms.objective / terms.count
+        loss = terms.objective / terms.num_units
         (loss + BALANCING * compute_load_balancing(terms.routing)).backward()
         return loss.item()
 
@@ -146,9 +148,8 @@ def main() -> None:
     flops = count_flops_per_token(config)
     limit = statistics.median(rates) / flops
     print(describe_machine("transformers"))
-    print(
-        f"{arguments.preset}, {ROWS} x {SEQ_LEN} tokens, median of {arguments.steps - WARMUP_STEPS} steps"
-    )
+    timed = arguments.steps - WARMUP_STEPS
+    print(f"{arguments.preset}, {ROWS} x {SEQ_LEN} tokens, median of {timed} steps")
     print_table(
         ["training", "tokens/s", "ratio", "of the limit", "loss of each step"],
         [
@@ -163,8 +164,8 @@ def main() -> None:
         ],
     )
     print(
-        f"limit: {limit:,.0f} tokens/s = {statistics.median(rates) / 1e12:.2f} TFLOP/s (bf16 product "
-        f"2048 x {config.dim} x {config.hidden_dim}) / {flops / 1e6:.1f} MFLOP per token"
+        f"limit: {limit:,.0f} tokens/s = {statistics.median(rates) / 1e12:.2f} TFLOP/s (bf16 "
+        f"product 2048 x {config.dim} x {config.hidden_dim}) / {flops / 1e6:.1f} MFLOP per token"
     )
 
 

@@ -225,6 +225,13 @@ def test_values_that_are_not_finite_are_found(
     load_model(tmp_path, check_finite=False)
 
 
+def test_not_finite_embeddings_of_a_tied_model_can_be_looked_at(tmp_path: Path) -> None:
+    save_model(make_model(make_config(tie_embeddings=True)), tmp_path)
+    name = "model.embed_tokens.weight"
+    _edit_tensors(tmp_path, lambda tensors: tensors[name][3, 4].fill_(float("nan")))
+    assert load_model(tmp_path, check_finite=False).output.weight[3, 4].isnan()
+
+
 def test_a_value_beyond_the_dtype_asked_for_is_found(folder: Path) -> None:
     _edit_tensors(folder, lambda tensors: tensors[_GATE][0, 0].fill_(1e6))
     load_model(folder)

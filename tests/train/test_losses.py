@@ -73,7 +73,7 @@ def test_objective_is_the_sum_over_counted_targets() -> None:
     expected = torch.nn.functional.cross_entropy(
         logits, torch.from_numpy(targets), ignore_index=-100, reduction="sum"
     )
-    assert terms.count == 10
+    assert terms.num_units == 10
     torch.testing.assert_close(terms.objective, expected)
 
 
@@ -82,5 +82,5 @@ def test_a_batch_without_targets_is_zero_not_nan() -> None:
     tokens = make_tokens(6).numpy()
     batch = PackedBatch(tokens, np.full(6, -100), (6,), ("a",))
     terms = compute_next_token_loss(make_model(), batch)
-    assert terms.count == 0
+    assert terms.num_units == 0
     assert terms.objective.item() == 0.0

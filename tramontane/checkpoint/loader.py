@@ -104,7 +104,8 @@ def _assign(model: Transformer, parameters: dict[str, Tensor], pairs: Iterable[T
         model.load_state_dict(parameters, strict=True, assign=True)
         return
     embeddings = parameters["tok_embeddings.weight"]
-    if not torch.equal(parameters.setdefault("output.weight", embeddings), embeddings):
+    head = parameters.setdefault("output.weight", embeddings)
+    if head is not embeddings and not torch.equal(head, embeddings):  # NaN differs from itself
         heads = (pair.stored for pair in pairs if Part("output.weight") in pair.expected.parts)
         raise CheckpointError(
             f"{next(heads).place} differs from the embeddings, but tie_word_embeddings is true; "

@@ -1,1 +1,1 @@
-"""Training: one loop (`loop.py`), given a batch source and a loss; pre-training is its first user."""
+"""Training: one loop (`loop.py`) is given batches and a loss; pre-training is its first user."""

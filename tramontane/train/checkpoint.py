@@ -42,8 +42,8 @@ class RunFolder:
             except OSError:
                 file.seek(0)
                 raise TrainingError(
-                    f"{self.path} is in use by process {file.read().strip() or 'unknown'}; wait for "
-                    "it, or choose another --out"
+                    f"{self.path} is in use by process {file.read().strip() or 'unknown'}; wait "
+                    "for it, or choose another --out"
                 ) from None
             file.truncate(0)
             file.write(str(os.getpid()))
@@ -124,7 +124,7 @@ class RunFolder:
         if differing:
             raise CheckpointError(
                 f"{checkpoints[-1]} does not fit the model: {differing[0]} is missing or has "
-                f"another shape ({len(differing)} such); resume with the configuration it was made by"
+                f"another shape ({len(differing)} such); resume with the configuration of the run"
             )
         progress: dict[str, Any] = json.loads((checkpoints[-1] / _PROGRESS).read_text())
         optimizer.load_state_tensors(tensors, num_steps=progress["step"])

@@ -22,14 +22,23 @@ from tramontane.train.optim import MasterAdamW, compute_lr
 from tramontane.train.router_health import RouterHealth
 
 BatchT = TypeVar("BatchT")
+BatchT_co = TypeVar("BatchT_co", covariant=True)
 
 
-class BatchSource(Protocol[BatchT]):
+class BatchSource(Protocol[BatchT_co]):
     """Where batches come from; the order of all batches follows from its state."""
 
-    def next_batch(self) -> BatchT: ...
-    def state(self) -> dict[str, Any]: ...
-    def load_state(self, state: dict[str, Any]) -> None: ...
+    def next_batch(self) -> BatchT_co:
+        """The batch that follows."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Where the source stands, as JSON values."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -67,8 +76,13 @@ class StepReport:
 class Observer(Protocol):
     """Sees the run: a progress bar, a printer, a test."""
 
-    def on_step(self, report: StepReport, num_steps: int) -> None: ...
-    def on_note(self, text: str) -> None: ...
+    def on_step(self, report: StepReport, num_steps: int) -> None:
+        """After each step."""
+        ...
+
+    def on_note(self, text: str) -> None:
+        """Something a person should read."""
+        ...
 
 
 @dataclass
@@ -128,7 +142,7 @@ class Trainer(Generic[BatchT]):
         units = 0
         for _ in range(self.config.accumulation):
             terms = self.compute_loss(self.model, self.source.next_batch())
-            units += terms.count
+            units += terms.num_units
             for name, value in self._backward(terms).items():
                 sums[name] += value
             health.add(terms.routing)
@@ -145,16 +159,16 @@ class Trainer(Generic[BatchT]):
         )
 
     def _backward(self, terms: LossTerms) -> dict[str, float]:
-        """Gradients of objective + count * router terms: batches of a step weigh by their units."""
-        balancing = compute_load_balancing(terms.routing) * terms.count
-        router_z = compute_router_z(terms.routing) * terms.count
+        """Gradients of objective + num_units * router terms: batches of a step weigh by their units."""
+        balancing = compute_load_balancing(terms.routing) * terms.num_units
+        router_z = compute_router_z(terms.routing) * terms.num_units
         total = terms.objective + self.config.load_balancing_coef * balancing
         total = total + self.config.router_z_coef * router_z
         if not torch.isfinite(total):
             self.optimizer.clear()
             raise TrainingError(
-                f"step {self.step + 1}: the loss is {total.item()}; the step was not applied. Lower "
-                "the learning rate, or look at the data of this step"
+                f"step {self.step + 1}: the loss is {total.item()}; the step was not applied. "
+                "Lower the learning rate, or look at the data of this step"
             )
         total.backward()
         self.optimizer.accumulate()

@@ -15,17 +15,17 @@ from tramontane.nn.router import Routing
 class LossTerms(NamedTuple):
     """What a loss function makes of one batch.
 
-    `objective` is a sum over `count` units (tokens in pre-training, pairs in preference tuning), so
+    `objective` is a sum over `num_units` units (tokens in pre-training, pairs in preference tuning), so
     that batches of unequal size add up to the mean over all their units.
     """
 
     objective: Tensor
-    count: int
+    num_units: int
     routing: tuple[Routing, ...]
 
 
 def compute_next_token_loss(model: Transformer, batch: PackedBatch) -> LossTerms:
-    """Cross-entropy in nats of each counted target, given the tokens of its own segment before it."""
+    """Cross-entropy in nats of each counted target, given its own segment up to it."""
     device = model.norm.weight.device
     tokens = torch.from_numpy(batch.tokens).to(device)
     targets = torch.from_numpy(batch.targets).to(device)

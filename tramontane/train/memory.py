@@ -15,12 +15,10 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    settings = (
-        (_M_MMAP_THRESHOLD, 32 << 20),
-        (_M_TRIM_THRESHOLD, 2**31 - 1),
-        (_M_TOP_PAD, 256 << 20),
-    )
-    return all([mallopt(option, value) == 1 for option, value in settings])
+    mapped = mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest that glibc takes
+    trimmed = mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    padded = mallopt(_M_TOP_PAD, 256 << 20)
+    return mapped == trimmed == padded == 1
 
 
 def keep_compiled_products() -> None:

@@ -15,8 +15,8 @@ from tramontane.errors import ConfigError, TrainingError
 class OptimizerConfig:
     """AdamW (arXiv:1711.05101) and its schedule.
 
-    `cosine` falls from `lr` to `lr * min_lr_ratio` over the whole run; `wsd` stays at `lr` and falls
-    linearly over the last `decay_ratio` of the steps, so that a run can be lengthened.
+    `cosine` falls from `lr` to `lr * min_lr_ratio` over the whole run; `wsd` stays at `lr` and
+    falls linearly over the last `decay_ratio` of the steps, so that a run can be lengthened.
     """
 
     lr: float = 2e-3
