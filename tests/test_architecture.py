@@ -17,26 +17,28 @@ MODULES = [path for path in CODE if path.is_relative_to(PACKAGE)]
 # Who may import whom, beside itself. Anyone may import `errors`.
 ALLOWED = {
     "errors": set(),
+    "atomic": set(),
     "config": set(),
     "kernels": set(),
     "tokenizer": set(),
     "nn": {"kernels", "config"},
     "models": {"nn", "config"},
-    "checkpoint": {"models", "config", "tokenizer", "quant.formats"},
+    "checkpoint": {"models", "config", "quant.formats", "atomic"},
     "quant": {"nn", "kernels", "config"},
     "adapters": {"nn", "kernels", "config"},
     "offload": {"nn", "kernels", "config"},
     "engine": {"models", "nn", "checkpoint", "quant", "adapters", "offload", "tokenizer", "kernels",
                "config"},
-    "data": {"tokenizer", "config"},
-    "train": {"models", "nn", "kernels", "checkpoint", "adapters", "data", "config", "tokenizer"},
+    "data": {"tokenizer", "config", "atomic"},
+    "train": {"models", "nn", "kernels", "checkpoint", "adapters", "data", "tokenizer", "config",
+              "atomic"},
     "eval": {"engine", "models", "checkpoint", "data", "tokenizer", "config"},
     "server": {"engine.sequence", "tokenizer"},
     "cli": {"*"},
 }  # fmt: skip
 # Modules and packages that run without torch, and where an import inside a function may stand.
-TORCH_FREE = ("errors", "config", "tokenizer", "server", "engine.sequence", "engine.block_manager",
-              "engine.scheduler", "engine.sampling_params")  # fmt: skip
+TORCH_FREE = ("errors", "atomic", "config", "tokenizer", "server", "engine.sequence",
+              "engine.block_manager", "engine.scheduler", "engine.sampling_params")  # fmt: skip
 MAY_IMPORT_LATE = ("tramontane/cli/", "tramontane/kernels/dispatch.py")
 MAX_LINES = 600
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

@@ -8,6 +8,7 @@ TramontaneError
 |-- TrainingError      training cannot go on (a loss that is not finite, a locked run folder)
 |-- RequestError       a generation request is invalid (a parameter out of range, no prompt)
 |   `-- ContextError   prompt and answer do not fit the context length
+|-- StorageError       a file or folder cannot be written
 `-- CapacityError      memory or disk does not suffice
 """
 
@@ -42,6 +43,10 @@ class RequestError(TramontaneError):
 
 class ContextError(RequestError):
     """Prompt and answer do not fit the context length."""
+
+
+class StorageError(TramontaneError):
+    """A file or folder cannot be written."""
 
 
 class CapacityError(TramontaneError):

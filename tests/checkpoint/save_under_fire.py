@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from tests.tiny import make_config, make_model
-from tramontane.checkpoint import atomic
-from tramontane.checkpoint.atomic import remove_interrupted_saves
+from tramontane import atomic
+from tramontane.atomic import remove_interrupted_saves
 from tramontane.checkpoint.loader import load_model
 from tramontane.checkpoint.writer import save_model
 from tramontane.models.transformer import Transformer

@@ -7,6 +7,7 @@ import pytest
 
 from tests.model_folder import save_tiny_model
 from tramontane import LLM, SamplingParams
+from tramontane.cli.line_history import keep_history
 from tramontane.cli.main import run_command
 from tramontane.engine import bundled
 
@@ -91,7 +92,7 @@ def test_stats_name_what_generation_config_changed(tmp_path, pipe, capsys):
     folder = save_tiny_model(tmp_path / "m", generation_config=values)
     assert run_command(["run", str(folder), "Hello", "--stats", "--max-tokens", "4"]) == 0
     err = capsys.readouterr().err
-    assert "generation_config.json sets the defaults temperature 0.33, max_tokens 3" in err
+    assert "max_tokens 3, temperature 0.33 (from the model's generation_config.json)" in err
     assert "temperature 0.33" in err.partition("settings")[2]
     assert "max_tokens 4" in err.partition("settings")[2]
 
@@ -157,7 +158,15 @@ def test_experts_of_a_dense_model(tmp_path, pipe, capsys):
     assert run_command(["run", str(folder), "Hello", "--experts"]) == 1
     assert "dense" in capsys.readouterr().err
     assert run_command(["run", str(folder), "Hello", "--stats", *GREEDY]) == 0
-    assert "experts" not in capsys.readouterr().err
+    assert "layer" not in capsys.readouterr().err
+
+
+def test_a_history_that_cannot_be_kept_is_said_once(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    with keep_history():
+        pass
+    assert capsys.readouterr().err.count("cannot be used") == 1
 
 
 def test_help_shows_defaults_and_needs_no_torch():

@@ -12,7 +12,7 @@ from tests.data.files import make_stories, write_records
 from tramontane.data import token_files
 from tramontane.data.sources import Source, read_documents
 from tramontane.data.token_files import open_token_file, prepare_token_files
-from tramontane.errors import CapacityError, ConfigError, DataError
+from tramontane.errors import CapacityError, ConfigError, DataError, StorageError
 from tramontane.tokenizer.tokenizer import Tokenizer
 from tramontane.tokenizer.trainer import train_tokenizer
 
@@ -124,7 +124,7 @@ def fail_with(code: int) -> object:
     ("code", "error", "message"),
     [
         (errno.ENOSPC, CapacityError, "the disk is full"),
-        (errno.EACCES, DataError, "cannot be written"),
+        (errno.EACCES, StorageError, "cannot be written"),
     ],
 )
 def test_a_disk_that_fails_is_named(
@@ -135,24 +135,6 @@ def test_a_disk_that_fails_is_named(
     with pytest.raises(error, match=message):
         prepare_token_files([source], tokenizer, tmp_path / "tokens")
     assert list((tmp_path / "tokens").iterdir()) == []
-
-
-def test_another_process_may_make_the_same_file_meanwhile(
-    source: Source, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rename = Path.rename
-
-    def come_second(path: Path, target: Path) -> None:
-        if not target.exists():
-            rename(path, target)
-            path.mkdir()
-            (path / "again").touch()
-        rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", come_second)
-    files = prepare_token_files([source], tokenizer, tmp_path / "tokens")
-    assert files["tales", "train"].num_documents == 32
-    assert len(list((tmp_path / "tokens").iterdir())) == 2
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "offsets.npy", "byte_counts.npy", "meta.json"])

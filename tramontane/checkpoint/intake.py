@@ -5,7 +5,7 @@ Pickled weights (.bin, .pt, .pth) are refused by name: unpickling runs whatever 
 
 from pathlib import Path
 
-from tramontane.checkpoint.atomic import find_previous
+from tramontane.atomic import find_previous
 from tramontane.checkpoint.hf import HUGGING_FACE
 from tramontane.checkpoint.layout import Layout
 from tramontane.errors import CheckpointError

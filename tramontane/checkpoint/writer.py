@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tramontane.checkpoint.atomic import atomic_folder
+from tramontane.atomic import atomic_folder
 from tramontane.checkpoint.hf import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from tramontane.checkpoint.names import ExpectedTensor, map_hf
 from tramontane.checkpoint.tensor_file import write_tensors

@@ -56,7 +56,7 @@ def format_overrides(config: GenerationConfig) -> str:
     if not config.overrides:
         return ""
     changes = ", ".join(f"{name} {value}" for name, value in config.overrides.items())
-    return f"the model's generation_config.json sets the defaults {changes}"
+    return f"defaults     {changes} (from the model's generation_config.json)"
 
 
 def _format_value(value: object) -> str:

@@ -23,7 +23,7 @@ def train(
 
     from rich.console import Console
 
-    from tramontane.checkpoint.atomic import atomic_folder
+    from tramontane.atomic import atomic_folder
     from tramontane.data.sampling import sample_documents
     from tramontane.data.sources import parse_source, read_documents
     from tramontane.errors import TokenizerError

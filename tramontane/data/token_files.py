@@ -4,21 +4,18 @@ A folder's name ends in a fingerprint of the text file and the tokenizer: it is 
 again. `tokens.bin` holds the documents one after another, each as <s> tokens </s>.
 """
 
-import errno
 import hashlib
 import json
 import logging
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from tramontane.atomic import atomic_folder
 from tramontane.data.sources import Source, Split, read_documents, require_distinct_domains
-from tramontane.errors import CapacityError, DataError
+from tramontane.errors import DataError
 from tramontane.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -119,7 +116,7 @@ def _write(
 ) -> None:
     dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
     lengths, byte_counts = [], []
-    with _new_folder(path) as temporary:
+    with atomic_folder(path) as temporary:
         with open(temporary / "tokens.bin", "wb") as file:
             for text, document in _encode_documents(read_documents(source, split=split), tokenizer):
                 file.write(np.array(document, dtype=dtype).tobytes())
@@ -155,35 +152,3 @@ def _group(texts: Iterable[str]) -> Iterator[list[str]]:
             group, num_chars = [], 0
     if group:
         yield group
-
-
-@contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to fill; complete, it gets its name, and otherwise it is removed."""
-    temporary = path.with_name(f".{path.name}.preparing-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had our number
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.iterdir():
-            _force_to_disk(file)
-        temporary.rename(path)
-    except OSError as error:
-        if not path.exists():  # else another process has just made the same
-            raise _explain(error, path) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _explain(error: OSError, path: Path) -> CapacityError | DataError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CapacityError(f"{path}: the disk is full; free some space, then run again")
-    return DataError(f"{path} cannot be written: {error}")
-
-
-def _force_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from tramontane.checkpoint.atomic import atomic_file, atomic_folder, remove_interrupted_saves
+from tramontane.atomic import atomic_file, atomic_folder, remove_interrupted_saves
 from tramontane.errors import CheckpointError, ConfigError, TrainingError
 from tramontane.train.optim import MasterAdamW
 

@@ -159,7 +159,7 @@ class Trainer(Generic[BatchT]):
         )
 
     def _backward(self, terms: LossTerms) -> dict[str, float]:
-        """Gradients of objective + num_units * router terms: batches of a step weigh by their units."""
+        """Gradients of objective + num_units * router terms: batches weigh by their units."""
         balancing = compute_load_balancing(terms.routing) * terms.num_units
         router_z = compute_router_z(terms.routing) * terms.num_units
         total = terms.objective + self.config.load_balancing_coef * balancing

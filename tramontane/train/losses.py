@@ -15,7 +15,7 @@ from tramontane.nn.router import Routing
 class LossTerms(NamedTuple):
     """What a loss function makes of one batch.
 
-    `objective` is a sum over `num_units` units (tokens in pre-training, pairs in preference tuning), so
+    `objective` is a sum over `num_units` units (tokens in pre-training, pairs in tuning), so
     that batches of unequal size add up to the mean over all their units.
     """
 

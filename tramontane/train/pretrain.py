@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from tramontane.checkpoint.atomic import atomic_folder
+from tramontane.atomic import atomic_folder
 from tramontane.checkpoint.writer import save_model
 from tramontane.config import ModelConfig, build_config, get_preset, require_positive
 from tramontane.data.packing import PackedBatch, PackedStream

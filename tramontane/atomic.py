@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tramontane.errors import CapacityError, CheckpointError
+from tramontane.errors import CapacityError, StorageError
 
 # A name beside the target tells who works under it: .NAME.tramontane-saving-HOST-PID
 _SAVING = ".tramontane-saving-"
@@ -32,11 +32,11 @@ def atomic_folder(target: Path | str, *, bytes_needed: int = 0) -> Iterator[Path
     """Yield an empty folder to fill; on leaving without an exception it replaces `target` whole.
 
     Raises CapacityError when the disk has not `bytes_needed` bytes free or fills up on the way, and
-    CheckpointError when the place cannot be written to. On any exception `target` stays as it was.
+    StorageError when the place cannot be written to. On any exception `target` stays as it was.
     """
     target = Path(target).resolve()
     if target.exists() and not target.is_dir():
-        raise CheckpointError(f"{target} is a file; name a folder to write to")
+        raise StorageError(f"{target} is a file; name a folder to write to")
     with _temporary_path(target, bytes_needed) as temporary:
         temporary.mkdir()
         yield temporary
@@ -53,7 +53,7 @@ def atomic_file(target: Path | str, *, bytes_needed: int = 0) -> Iterator[Path]:
     """
     target = Path(target).resolve()
     if target.is_dir():
-        raise CheckpointError(f"{target} is a folder; name a file to write to")
+        raise StorageError(f"{target} is a folder; name a file to write to")
     with _temporary_path(target, bytes_needed) as temporary:
         yield temporary
         sync_path(temporary)
@@ -119,9 +119,9 @@ def _temporary_path(target: Path, bytes_needed: int) -> Iterator[Path]:
         raise _explain(error, target, bytes_needed) from error
 
 
-def _explain(error: OSError, target: Path, bytes_needed: int) -> CapacityError | CheckpointError:
+def _explain(error: OSError, target: Path, bytes_needed: int) -> CapacityError | StorageError:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return CheckpointError(f"{target} cannot be written: {error}")
+        return StorageError(f"{target} cannot be written: {error}")
     needed = f"{bytes_needed:,} bytes needed, " if bytes_needed else ""
     return CapacityError(
         f"{target}: the disk is full ({error.strerror}): {needed}"

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from tramontane.checkpoint import atomic
-from tramontane.checkpoint.atomic import (
+from tramontane import atomic
+from tramontane.atomic import (
     atomic_file,
     atomic_folder,
     find_previous,
     remove_interrupted_saves,
 )
-from tramontane.errors import CapacityError, CheckpointError
+from tramontane.errors import CapacityError, StorageError
 
 _SAVE = """
 import sys
-from tramontane.checkpoint.atomic import atomic_folder
+from tramontane.atomic import atomic_folder
 with atomic_folder(sys.argv[1], bytes_needed=10) as folder:
     for name in ("a", "b"):
         (folder / name).write_text("new " * 5)
@@ -94,11 +94,11 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
 
 def test_kinds_of_target_are_not_mixed_up(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(CheckpointError, match="is a file"), atomic_folder(tmp_path / "file"):
+    with pytest.raises(StorageError, match="is a file"), atomic_folder(tmp_path / "file"):
         pass
-    with pytest.raises(CheckpointError, match="is a folder"), atomic_file(tmp_path):
+    with pytest.raises(StorageError, match="is a folder"), atomic_file(tmp_path):
         pass
-    with pytest.raises(CheckpointError, match="file/x cannot be written"):
+    with pytest.raises(StorageError, match="file/x cannot be written"):
         _write_folder(tmp_path / "file" / "x", "new ")
 
 
@@ -123,7 +123,7 @@ def test_t03_a_failing_fsync_leaves_the_old_folder(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", fail)
-    kind = CheckpointError if code == errno.EIO else CapacityError
+    kind = StorageError if code == errno.EIO else CapacityError
     with pytest.raises(kind, match=str(tmp_path / "model")):
         _write_folder(tmp_path / "model", "new ")
     assert _read_folder(tmp_path / "model") == _OLD
