@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -155,4 +156,13 @@ def test_missing_parts_are_named(tmp_path, monkeypatch):
 
 def test_without_a_folder_the_bundled_model_runs(folder, monkeypatch):
     monkeypatch.setattr(bundled, "BUNDLED_MODEL", folder)
-    assert LLM().folder == folder
+    assert LLM().origin == str(folder)
+
+
+def test_a_model_in_training_can_be_asked_between_steps(llm):
+    model = make_model(make_config(vocab_size=VOCAB_SIZE))
+    tokens = torch.arange(5)
+    answer = LLM.from_parts(model.train(), llm.tokenizer).generate("Test", GREEDY)
+    assert answer == replace(llm.generate("Test", GREEDY), timings=answer.timings)
+    model.compute_logits(model.forward_packed(tokens, [5]).hidden).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

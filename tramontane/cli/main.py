@@ -17,6 +17,7 @@ from tramontane.errors import TramontaneError
 _VERBS = {
     "run": "Generate text from a prompt, from standard input, or in an interactive session.",
     "train": "Train a model on text.",
+    "perplexity": "Score a model on held-out text, in bits per byte.",
     "doctor": "Print the machine, the versions, and what they mean for speed.",
 }
 _TOKENIZER_VERBS = {"train": "Train a byte-level BPE tokenizer on text."}

@@ -121,7 +121,7 @@ def _build_painter(config: "ModelConfig", experts: int | bool) -> ExpertPainter 
 def _announce(llm: "LLM", params: SamplingParams) -> None:
     """Say what is about to run."""
     count = llm.config.count_parameters()
-    say(f"model        {llm.folder}, {count.total:,} parameters, {count.active:,} active")
+    say(f"model        {llm.origin}, {count.total:,} parameters, {count.active:,} active")
     if overrides := format_overrides(llm.generation_config):
         say(overrides)
     say(f"settings     {format_params(params)}")

@@ -1,9 +1,13 @@
 """`tramontane train`: pre-train a model on text."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
+
+if TYPE_CHECKING:
+    from tramontane.models.transformer import Transformer
+    from tramontane.tokenizer.tokenizer import Tokenizer
 
 
 def train(
@@ -116,9 +120,20 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     with ProgressPrinter(print_every=resolved.loop.log_every) as printer:
-        done = pretrain(resolved, printer, resume=resume, override=override)
+        done = pretrain(
+            resolved, printer, resume=resume, override=override, sample=_write_sample
+        )
     if done is None:
         raise KeyboardInterrupt  # stopped and saved: the exit code says so
+
+
+def _write_sample(model: "Transformer", tokenizer: "Tokenizer") -> str:
+    """What the model makes of the beginning of a story; the same seed at each call."""
+    from tramontane.engine.llm import LLM
+    from tramontane.engine.sampling_params import SamplingParams
+
+    params = SamplingParams(max_tokens=80, temperature=0.7, seed=0)
+    return LLM.from_parts(model, tokenizer).generate("Once upon a time", params).text
 
 
 def _drop_unset(flags: dict[str, Any]) -> dict[str, Any]:

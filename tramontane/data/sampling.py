@@ -7,25 +7,29 @@ from tramontane.errors import DataError
 
 
 def sample_documents(sources: Sequence[Source], *, max_chars: int) -> Iterator[str]:
-    """Yields about `max_chars` characters of training text, each domain by its weight.
+    """Yields about `max_chars` characters of training text, or as many as the sources hold.
 
-    Whole documents are taken evenly over each file; a domain that is too small for its share is
-    repeated, as training does. Deterministic. Raises ConfigError and DataError.
+    Each domain has its share by weight: whole documents are taken evenly over its file, and a
+    domain that is too small is repeated, as training does. Deterministic. Raises ConfigError and
+    DataError.
     """
     require_distinct_domains(sources)
+    sizes = [_count_chars(source) for source in sources]
+    budget = min(max_chars, sum(sizes))
     total_weight = sum(source.weight for source in sources)
-    for source in sources:
-        yield from _sample_domain(source, max_chars=int(max_chars * source.weight / total_weight))
+    for source, size in zip(sources, sizes, strict=True):
+        share = int(budget * source.weight / total_weight)
+        repeats, rest = divmod(share, size)
+        for _ in range(repeats):
+            yield from read_documents(source, split="train")
+        yield from _spread(read_documents(source, split="train"), share=rest / size)
 
 
-def _sample_domain(source: Source, *, max_chars: int) -> Iterator[str]:
-    num_chars = sum(len(text) for text in read_documents(source, split="train"))
-    if num_chars == 0:
+def _count_chars(source: Source) -> int:
+    size = sum(len(text) for text in read_documents(source, split="train"))
+    if size == 0:
         raise DataError(f"{source.path}: no training text; domain {source.domain} is empty")
-    repeats, rest = divmod(max_chars, num_chars)
-    for _ in range(repeats):
-        yield from read_documents(source, split="train")
-    yield from _spread(read_documents(source, split="train"), share=rest / num_chars)
+    return size
 
 
 def _spread(texts: Iterable[str], *, share: float) -> Iterator[str]:

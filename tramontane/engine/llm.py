@@ -7,7 +7,7 @@ print(llm.generate("Once upon a time", SamplingParams(max_tokens=100)).text)
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from pathlib import Path
-from typing import overload
+from typing import Self, overload
 
 import torch
 
@@ -16,11 +16,12 @@ from tramontane.config import ModelConfig
 from tramontane.engine.bundled import find_bundled_model
 from tramontane.engine.completion import Completion, TextPiece
 from tramontane.engine.engine import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, Engine
-from tramontane.engine.generation_config import load_generation_config
+from tramontane.engine.generation_config import GenerationConfig, load_generation_config
 from tramontane.engine.sampling_params import SamplingParams
 from tramontane.engine.sequence import Sequence
 from tramontane.engine.text_output import TextOutput
 from tramontane.errors import CheckpointError, RequestError
+from tramontane.models.transformer import Transformer
 from tramontane.tokenizer.stream import IncrementalDecoder
 from tramontane.tokenizer.tokenizer import Tokenizer
 
@@ -58,8 +59,8 @@ class TextStream:
 class LLM:
     """A model, its tokenizer and an engine. Without `model`, the bundled one.
 
-    `model` is a folder; `dtype` is that of the weights as stored unless given. Raises
-    CheckpointError, ConfigError or TokenizerError, naming file and remedy.
+    `model` is a folder; `dtype` is that of the weights as stored unless given. `origin` says where
+    they are from. Raises CheckpointError, ConfigError or TokenizerError, naming file and remedy.
     """
 
     def __init__(
@@ -71,17 +72,24 @@ class LLM:
         max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
         max_num_seqs: int = MAX_NUM_SEQS,
     ) -> None:
-        self.folder = find_bundled_model() if model is None else Path(model)
-        self.model = load_model(self.folder, dtype=dtype, device=device)
-        self.tokenizer = Tokenizer.from_folder(self.folder)
-        _check_vocabulary(self.tokenizer, self.model.config, self.folder)
-        self.generation_config = load_generation_config(self.folder, eos_id=self.tokenizer.eos_id)
-        self._engine = Engine(
-            self.model,
-            vocab_size=self.tokenizer.vocab_size,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_num_seqs=max_num_seqs,
+        folder = find_bundled_model() if model is None else Path(model)
+        self.origin = str(folder)
+        self.model = load_model(folder, dtype=dtype, device=device)
+        self.tokenizer = Tokenizer.from_folder(folder)
+        self.generation_config = load_generation_config(folder, eos_id=self.tokenizer.eos_id)
+        self._engine = self._build_engine(
+            max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs
         )
+
+    @classmethod
+    def from_parts(cls, model: Transformer, tokenizer: Tokenizer) -> Self:
+        """Around a model in memory, one in training for example. Raises CheckpointError."""
+        llm = cls.__new__(cls)  # not __init__, which reads files
+        llm.origin, llm.model, llm.tokenizer = "a model in memory", model, tokenizer
+        eos_ids = frozenset({tokenizer.eos_id})
+        llm.generation_config = GenerationConfig(SamplingParams(), {}, eos_ids)
+        llm._engine = llm._build_engine()
+        return llm
 
     @property
     def config(self) -> ModelConfig:
@@ -159,10 +167,10 @@ class LLM:
             collect_routing=collect_routing,
         )
 
-
-def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, folder: Path) -> None:
-    if tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but the model "
-            f"{config.vocab_size}; they do not belong together"
-        )
+    def _build_engine(self, **limits: int) -> Engine:
+        if self.tokenizer.vocab_size > self.config.vocab_size:
+            raise CheckpointError(
+                f"{self.origin}: the tokenizer has {self.tokenizer.vocab_size} tokens, but the "
+                f"model {self.config.vocab_size}; they do not belong together"
+            )
+        return Engine(self.model, vocab_size=self.tokenizer.vocab_size, **limits)

@@ -150,7 +150,7 @@ def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}"""
     if isinstance(values, dict):
         items = values.items()
-    elif isinstance(values, list):
+    elif isinstance(values, list | tuple):
         items = {str(index): value for index, value in enumerate(values)}.items()
     else:
         return {prefix: values}

@@ -26,7 +26,7 @@ from tramontane.models.transformer import Transformer, build_model
 from tramontane.tokenizer.tokenizer import Tokenizer
 from tramontane.tokenizer.trainer import train_tokenizer
 from tramontane.train.checkpoint import RunFolder
-from tramontane.train.held_out import measure_bits_per_byte
+from tramontane.train.held_out import measure_held_out
 from tramontane.train.loop import LoopConfig, Observer, Trainer
 from tramontane.train.losses import compute_next_token_loss
 from tramontane.train.optim import MasterAdamW, OptimizerConfig
@@ -195,10 +195,16 @@ def _build_trainer(
         config=config.loop,
         folder=folder,
         observer=observer,
-        evaluate=lambda model: measure_bits_per_byte(
-            model, valid_files, seq_len=config.seq_len, max_tokens=config.eval_tokens
-        ),
+        evaluate=lambda model: _score(config, model, valid_files),
     )  # fmt: skip
+
+
+def _score(
+    config: PretrainConfig, model: Transformer, files: dict[str, TokenFile]
+) -> dict[str, float]:
+    """Held-out bits per byte of each domain."""
+    scores = measure_held_out(model, files, seq_len=config.seq_len, max_tokens=config.eval_tokens)
+    return {domain: score.bits_per_byte for domain, score in scores.items()}
 
 
 @torch.no_grad()

@@ -1,0 +1,197 @@
+"""Pre-training from text to a model folder, at toy size."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.tiny import make_config, make_model
+from tramontane.checkpoint.loader import load_model
+from tramontane.data.token_files import TokenFile
+from tramontane.errors import ConfigError, DataError
+from tramontane.tokenizer.tokenizer import Tokenizer
+from tramontane.train.held_out import measure_held_out
+from tramontane.train.loop import StepReport
+from tramontane.train.pretrain import (
+    PretrainConfig,
+    initialize_weights,
+    load_pretrain_config,
+    pretrain,
+)
+
+WORDS = "the a cat dog sun moon saw met liked little big red blue and then one day".split()
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.reports: list[StepReport] = []
+        self.notes: list[str] = []
+
+    def on_step(self, report: StepReport, num_steps: int) -> None:
+        self.reports.append(report)
+
+    def on_note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def write_corpus(path: Path, *, count: int = 60, seed: int = 0) -> Path:
+    rng = np.random.default_rng(seed)
+    texts = [" ".join(rng.choice(WORDS, 30)) + ".\n" for _ in range(count)]
+    records = [
+        {"text": text, "split": "valid" if i % 10 == 0 else "train"} for i, text in enumerate(texts)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    write_corpus(tmp_path / "tales.jsonl")
+    write_corpus(tmp_path / "songs.jsonl", seed=1)
+    config = make_config(vocab_size=290, max_seq_len=64).to_dict()
+    return {
+        "out": str(tmp_path / "run"),
+        "data_dir": str(tmp_path),
+        "sources": ["tales.jsonl:0.75", "songs.jsonl:0.25"],
+        "seq_len": 64,
+        "batch_size": 2,
+        "dtype": "float32",
+        "model": config,
+        "loop": {"num_steps": 6, "save_every": 3, "eval_every": 3, "sample_every": 0},
+        "optimizer": {"lr": 1e-2, "warmup_steps": 2},
+    }
+
+
+def test_text_becomes_a_model_that_loads(settings: dict[str, Any]) -> None:
+    recorder = Recorder()
+    folder = pretrain(load_pretrain_config(None, settings), recorder)
+    assert folder is not None
+    model = load_model(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    assert model.config.vocab_size == tokenizer.vocab_size == 290
+    assert model.norm.weight.dtype == torch.bfloat16
+    assert recorder.reports[-1].loss < recorder.reports[0].loss
+    records = [json.loads(line) for line in (folder.parent / "log.jsonl").read_text().splitlines()]
+    scores = [r["held_out_bits_per_byte"] for r in records if "held_out_bits_per_byte" in r]
+    assert [set(s) for s in scores] == [{"tales", "songs"}] * 2
+    assert scores[1]["tales"] < scores[0]["tales"]
+
+
+def test_resumed_in_bf16_equals_the_unbroken_run(settings: dict[str, Any]) -> None:
+    """T01: through the files, with bf16 computation and fp32 masters."""
+    settings["dtype"] = "bfloat16"
+    whole = pretrain(load_pretrain_config(None, settings), Recorder())
+    out = Path(settings["out"])
+    out.rename(out.with_name("whole"))
+    pretrain(load_pretrain_config(None, settings), Recorder())
+    shutil.rmtree(out / "checkpoints" / "step-6")  # as after a kill between the two checkpoints
+    resumed = pretrain(load_pretrain_config(None, settings), Recorder(), resume=True)
+    assert resumed is not None
+    assert whole is not None
+    ours = load_model(resumed).state_dict()
+    theirs = load_model(out.with_name("whole") / "model").state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_resume_refuses_changed_settings(settings: dict[str, Any]) -> None:
+    """T31."""
+    pretrain(load_pretrain_config(None, settings), Recorder())
+    changed = load_pretrain_config(None, settings | {"seed": 2, "batch_size": 3})
+    with pytest.raises(ConfigError, match="batch_size: 2 -> 3; seed: 1 -> 2"):
+        pretrain(changed, Recorder(), resume=True)
+
+
+def test_changed_text_is_refused_even_with_override(settings: dict[str, Any]) -> None:
+    """T31: the order of documents cannot be continued."""
+    pretrain(load_pretrain_config(None, settings), Recorder())
+    write_corpus(Path(settings["data_dir"]) / "songs.jsonl", seed=7)
+    settings["loop"]["num_steps"] = 8
+    with pytest.raises(DataError, match="songs"):
+        pretrain(load_pretrain_config(None, settings), Recorder(), resume=True, override=True)
+
+
+def test_config_file_and_flags(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(
+        'out = "o"\nsources = ["a.txt"]\nvocab_size = 300\n'
+        '[model]\npreset = "tramontane-23m"\nn_layers = 1\n[optimizer]\nlr = 0.5\nbetas = [0.8, 0.9]'
+    )
+    config = load_pretrain_config(path, {"optimizer": {"lr": 0.25}, "model": {"hidden_dim": 32}})
+    assert config.optimizer.lr == 0.25
+    assert config.optimizer.betas == (0.8, 0.9)
+    assert (config.model.n_layers, config.model.hidden_dim) == (1, 32)
+    assert config.model.vocab_size == 300
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sorces = []", "unknown keys in .*sorces"),
+        ("[loop]\nnum_step = 3", r"unknown keys in \[loop\]: \['num_step'\]"),
+        ("[optimizer]\nlr = 0.0", "lr is 0.0"),
+        ("out = 3 4", "cannot be read"),
+        ('[model]\npreset = "gpt"', "no preset named 'gpt'"),
+        ("seq_len = 4096", "seq_len is 4096, above"),
+        ('dtype = "float16"', "dtype is 'float16'"),
+    ],
+)
+def test_bad_config_files_are_explained(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.toml"
+    base = 'out = "o"\nsources = ["a.txt"]\n'
+    model = "" if "[model]" in text else '\n[model]\npreset = "tramontane-23m"\n'
+    path.write_text(text + model if text.startswith("out") else base + text + model)
+    with pytest.raises(ConfigError, match=message):
+        load_pretrain_config(path, {})
+
+
+def test_missing_config_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.toml does not exist"):
+        load_pretrain_config(tmp_path / "nowhere.toml", {})
+
+
+def test_vocabulary_has_to_fit(settings: dict[str, Any], tmp_path: Path) -> None:
+    pretrain(load_pretrain_config(None, settings), Recorder())
+    settings["tokenizer"] = str(Path(settings["out"]) / "tokenizer")
+    settings["out"] = str(tmp_path / "other")
+    settings["model"]["vocab_size"] = 300
+    with pytest.raises(ConfigError, match="290 tokens, but the model's vocab_size is 300"):
+        pretrain(load_pretrain_config(None, settings), Recorder())
+
+
+def test_initial_weights_depend_on_the_seed_alone() -> None:
+    first, second, third = make_model(), make_model(), make_model()
+    initialize_weights(first, seed=1)
+    torch.rand(7)  # the global generator plays no part
+    initialize_weights(second, seed=1)
+    initialize_weights(third, seed=2)
+    assert torch.equal(first.output.weight, second.output.weight)
+    assert not torch.equal(first.output.weight, third.output.weight)
+    assert first.output.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert first.layers[0].attention.wo.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert torch.equal(first.norm.weight, torch.ones(64))
+
+
+def test_bits_per_byte_by_hand() -> None:
+    """Two documents of 3 and 2 targets, 10 bytes in all: summed -log2 p over bytes."""
+    model = make_model()
+    tokens = np.array([1, 9, 8, 2, 1, 7, 2], dtype=np.uint16)
+    file = TokenFile("tales", "valid", "", tokens, np.array([0, 4, 7]), np.array([6, 4]))
+    score = measure_held_out(model, {"tales": file}, seq_len=16, max_tokens=100)["tales"]
+    nats = 0.0
+    for document in (tokens[:4], tokens[4:]):
+        ids = torch.from_numpy(document.astype(np.int64))
+        logits = model.compute_logits(model.forward_packed(ids[:-1], (len(ids) - 1,)).hidden)
+        nats += torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
+    assert score.bits_per_byte == pytest.approx(nats / math.log(2) / 10, rel=1e-5)
+    assert (score.num_tokens, score.num_bytes) == (5, 10)
+    assert [sum(layer.shares) for layer in score.layers] == pytest.approx([1.0, 1.0])
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ConfigError, match="seq_len"):
+        PretrainConfig(out="o", sources=("a.txt",), model=make_config(), seq_len=0)
