@@ -120,9 +120,7 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     with ProgressPrinter(print_every=resolved.loop.log_every) as printer:
-        done = pretrain(
-            resolved, printer, resume=resume, override=override, sample=_write_sample
-        )
+        done = pretrain(resolved, printer, resume=resume, override=override, sample=_write_sample)
     if done is None:
         raise KeyboardInterrupt  # stopped and saved: the exit code says so
 

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Trains the bundled model, and a dense model equal in active parameters on the same tokens, scores
+# both on held-out text, and lays the first into tramontane/assets/ with its card.
+#
+#   recipes/pretrain.sh            hours on two cores; run it again to go on after an interruption
+#   recipes/pretrain.sh --smoke    the same line at toy size, in under two minutes; assets stay
+#
+# DATA=../shared/data/pretrain   RUNS=runs   STEPS=6000   BIN=.venv/bin
+set -euo pipefail
+cd "$(dirname "$0")/.."
+DATA=${DATA:-../shared/data/pretrain} RUNS=${RUNS:-runs} STEPS=${STEPS:-6000} BIN=${BIN:-.venv/bin}
+MOE=tramontane-23m DENSE=tramontane-9m-dense
+
+fail() { echo "pretrain.sh: $*" >&2; exit 1; }
+[ -x "$BIN/tramontane" ] || fail "$BIN/tramontane is missing; run make test once, or set BIN"
+[ -d "$DATA" ] || fail "$DATA is missing; set DATA to the folder of the .jsonl.gz files"
+
+if [ "${1:-}" = --smoke ]; then
+    RUNS=$(mktemp -d) STEPS=20
+    trap 'rm -rf "$RUNS"' EXIT
+    flags=(--source "tinystories=tinystories.jsonl.gz" --seq-len 128 --batch-size 4 --warmup-steps 5
+           --vocab-size 1024 --eval-every 10 --save-every 10 --sample-every 0)
+    scored=(tinystories=tinystories.jsonl.gz) max_tokens=4000
+elif [ $# -eq 0 ]; then
+    flags=()
+    mapfile -t scored < <(sed -n 's/^  "\([a-z_]*=[^:]*\):.*/\1/p' recipes/pretrain.toml)
+    max_tokens=100000
+else
+    fail "unknown argument $1; there is --smoke"
+fi
+
+# train NAME PRESET [FLAG ...]: start, or go on where it was interrupted
+train() {
+    local out=$RUNS/$1 resume=()
+    [ -d "$out/model" ] && return
+    [ -n "$(ls -A "$out/checkpoints" 2>/dev/null)" ] && resume=(--resume)
+    "$BIN/tramontane" train recipes/pretrain.toml --data-dir "$DATA" --model "$2" --out "$out" \
+        --steps "$STEPS" "${flags[@]}" "${resume[@]}" "${@:3}"
+}
+
+score() {
+    "$BIN/tramontane" perplexity "$RUNS/$1/model" --data-dir "$DATA" --source "${scored[@]}" \
+        --max-tokens "$max_tokens" --json > "$RUNS/$1/scores.json"
+}
+
+train "$MOE" "$MOE"
+train "$DENSE" "$DENSE" --tokenizer "$RUNS/$MOE/tokenizer"
+score "$MOE"
+score "$DENSE"
+"$BIN/python" recipes/write_card.py "$RUNS/$MOE" "$RUNS/$DENSE" > "$RUNS/$MOE/model/README.md"
+if [ "${1:-}" = --smoke ]; then
+    echo "Once upon a time" | "$BIN/tramontane" run "$RUNS/$MOE/model" --max-tokens 20
+    echo "smoke run done"
+else
+    cp "$RUNS/$MOE/model"/* tramontane/assets/
+    echo "the bundled model is in tramontane/assets/"
+fi

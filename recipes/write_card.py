@@ -1,0 +1,149 @@
+"""Prints the model card of a finished run, from its own files.
+
+python recipes/write_card.py RUN DENSE_RUN, each with model/, config.json, log.jsonl and scores.json
+(`tramontane perplexity --json`). RUN is the mixture of experts, DENSE_RUN its dense equal.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tramontane import LLM, SamplingParams
+from tramontane.config import ModelConfig
+
+PROMPTS = (
+    "Once upon a time",
+    "Lily found a small box under the tree. She opened it and",
+    "Tom was sad because his kite was broken. His sister said,",
+)
+LICENCES = {
+    "tinystories": "CDLA-Sharing-1.0", "tinystories_truecased": "CDLA-Sharing-1.0",
+    "storybooks": "CC-BY", "childrens_books_en": "public domain", "gutenberg_en": "public domain",
+    "gutenberg_fr": "public domain", "gutenberg_de": "public domain",
+    "gutenberg_it": "public domain", "gutenberg_es": "public domain",
+    "wikipedia_en": "CC-BY-SA-3.0", "stackexchange_en": "MIT",
+    "arxiv_latex": "CC-BY-4.0, CC-BY-SA-3.0, MIT", "pubmed_en": "CC-BY",
+    "philosophy_en": "public domain, CC-BY-4.0", "textbooks_en": "CC-BY-4.0",
+    "code_python": "MIT, BSD-3-Clause, Apache-2.0", "techdocs": "CC-BY-4.0",
+    "math_dm": "generated",
+}  # fmt: skip
+
+
+def main() -> None:
+    if len(sys.argv) != 3:
+        sys.exit("usage: python recipes/write_card.py RUN DENSE_RUN")
+    run, dense = Path(sys.argv[1]), Path(sys.argv[2])
+    for part in (describe(run, dense), list_scores(run, dense), list_load(run), list_samples(run)):
+        print(part)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_config(run: Path) -> ModelConfig:
+    return ModelConfig.from_dict(read_json(run / "config.json")["model"])
+
+
+def count_tokens_seen(run: Path) -> tuple[int, int]:
+    """Steps and tokens at the last report."""
+    lines = (run / "log.jsonl").read_text().splitlines()
+    last = [record for record in map(json.loads, lines) if "units_seen" in record][-1]
+    return last["step"], last["units_seen"]
+
+
+def describe(run: Path, dense: Path) -> str:
+    config, settings = read_config(run), read_json(run / "config.json")
+    count = config.count_parameters()
+    steps, tokens = count_tokens_seen(run)
+    dense_count = read_config(dense).count_parameters()
+    dense_tokens = count_tokens_seen(dense)[1]
+    assert config.moe is not None
+    optimizer = settings["optimizer"]
+    return f"""---
+license: other
+language: [en, fr, de, it, es]
+pipeline_tag: text-generation
+---
+# The bundled model of tramontane
+
+A Mixtral of {config.moe.num_experts} experts, of which each token uses
+{config.moe.num_experts_per_tok}: {count.total:,} parameters, {count.active:,} active per token.
+{config.n_layers} layers, dim {config.dim}, hidden {config.hidden_dim}, {config.n_heads} heads over
+{config.n_kv_heads}, vocabulary {config.vocab_size:,}, context {config.max_seq_len:,} tokens. It
+writes simple English stories, and knows a little of 17 other domains, so that routing can be
+studied. It is no source of facts, has not been aligned, and repeats what old books say of people.
+
+Trained from random weights by `recipes/pretrain.sh`: {steps:,} steps, {tokens:,} tokens seen
+(texts of the small domains several times), batches of {settings["batch_size"]} x
+{settings["seq_len"]}, AdamW at {optimizer["lr"]:g} ({optimizer["schedule"]}), load-balancing loss
+{settings["loop"]["load_balancing_coef"]:g}, {settings["dtype"]} computation with fp32 master
+weights. The dense baseline has {dense_count.active:,} parameters, all active, and saw
+{dense_tokens:,} tokens of the same order.
+
+The file is an ordinary Hugging Face folder: `AutoModelForCausalLM.from_pretrained` reads it.
+"""
+
+
+def list_scores(run: Path, dense: Path) -> str:
+    """One row per domain: share of the tokens, licence, held-out bits per byte of both models."""
+    ours, theirs = read_json(run / "scores.json"), read_json(dense / "scores.json")
+    specs = [spec.rpartition(":") for spec in read_json(run / "config.json")["sources"]]
+    shares = {head.partition("=")[0]: float(weight) for head, _, weight in specs if head}
+    total = sum(shares.values()) or 1.0
+    lines = [
+        "## Data, licences, held-out bits per byte (lower is better)",
+        "",
+        "Whole documents of the `valid` split, in fp32, pieces of the context length.",
+        "",
+        "| domain | licence | share of tokens | this model | dense baseline |",
+        "|---|---|--:|--:|--:|",
+    ]
+    for domain, score in ours["domains"].items():
+        baseline = theirs["domains"][domain]["bits_per_byte"]
+        share = shares.get(domain, total) / total
+        lines.append(
+            f"| {domain} | {LICENCES.get(domain, 'see the data')} | {share:.1%} | "
+            f"{score['bits_per_byte']:.3f} | {baseline:.3f} |"
+        )
+    lines.append(f"| **mean of domains** | | | **{ours['mean']:.3f}** | **{theirs['mean']:.3f}** |")
+    return "\n".join(lines) + "\n"
+
+
+def list_load(run: Path) -> str:
+    """Share of the assignments per layer and expert, over all held-out text."""
+    domains = read_json(run / "scores.json")["domains"].values()
+    lines = [
+        "## Router balance",
+        "",
+        "Share of assignments per expert on held-out text, mean of domains; 12.5 % is balanced.",
+        "",
+    ]
+    num_layers = len(next(iter(domains))["layers"])
+    for layer in range(num_layers):
+        rows = [domain["layers"][layer]["shares"] for domain in domains]
+        means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+        shown = " ".join(f"{100 * mean:5.1f}" for mean in means)
+        lines.append(f"    layer {layer}  {shown}  %")
+    return "\n".join(lines) + "\n"
+
+
+def list_samples(run: Path) -> str:
+    """The first answer to each prompt, as it came."""
+    llm = LLM(run / "model")
+    params = SamplingParams(temperature=0.7, top_p=0.95, max_tokens=160, seed=1)
+    lines = [
+        "## Samples",
+        "",
+        "Unedited: the first answer each, at temperature 0.7, top-p 0.95, seed 1.",
+    ]
+    for prompt in PROMPTS:
+        answer = llm.generate(prompt, params).text
+        quoted = f"**{prompt}**{answer}".replace("\n", "\n> ")
+        lines += ["", f"> {quoted}"]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
