@@ -2,17 +2,21 @@
 
     python benchmarks/train.py [--steps 8] [--text FILE ...]
 
-Each trains the bundled model's size on rows of 8 x 1024 tokens, one step of each in turn, so that a
-slow minute hits all. All use the same AdamW with fp32 master weights: their losses have to agree.
-The limit is the rate of torch's own matrix product at the experts' shape, measured in the same run.
+Each contender has a process of its own, set up as its users run it, and takes one step when it is
+its turn, so that a slow minute hits all. The model is the bundled model's size, a batch 8 rows of
+1,024 tokens. All use the same AdamW with fp32 master weights: their losses have to agree. The limit
+is the rate of torch's own matrix product at the experts' shape, measured in the same run.
 """
 
 import argparse
+import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +24,7 @@ import torch
 from machine import describe_machine, measure_matmul_rate, print_table
 from transformers import AutoModelForCausalLM
 
+from tramontane.checkpoint.loader import load_model
 from tramontane.checkpoint.writer import save_model
 from tramontane.config import ModelConfig, get_preset
 from tramontane.data.packing import PackedBatch, PackedStream
@@ -37,38 +42,15 @@ WARMUP_STEPS = 2  # not timed: products are compiled, memory is mapped
 BUNDLED = Path(__file__).parents[1] / "tramontane" / "assets"
 STORIES = Path(__file__).parents[2] / "shared" / "data" / "pretrain" / "tinystories.jsonl.gz"
 
-
-@dataclass
-class Contender:
-    """One way to train: `backward` leaves gradients and returns the mean cross-entropy."""
-
-    name: str
-    backward: Callable[[PackedBatch], float]
-    optimizer: MasterAdamW
-    seconds: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-
-    def step(self, batch: PackedBatch) -> None:
-        """One timed update."""
-        started = time.perf_counter()
-        self.losses.append(self.backward(batch))
-        self.optimizer.accumulate()
-        self.optimizer.clip(step=len(self.losses))
-        self.optimizer.step(LR)
-        self.seconds.append(time.perf_counter() - started)
-
-    @property
-    def rate(self) -> float:
-        """Tokens per second, by the median step."""
-        return ROWS * SEQ_LEN / statistics.median(self.seconds[WARMUP_STEPS:])
+Backward = Callable[[PackedBatch], float]  # leaves gradients, returns the mean cross-entropy
 
 
-def build_ours(folder: Path, config: ModelConfig, *, dtype: torch.dtype) -> Contender:
-    model = build_model(config)
-    initialize_weights(model, seed=0)
-    save_model(model, folder, dtype=torch.float32)
+def prepare_ours(folder: Path, dtype: torch.dtype) -> tuple[MasterAdamW, Backward]:
+    keep_freed_memory()
+    keep_compiled_products()
+    model = load_model(folder)
     optimizer = MasterAdamW(model, OptimizerConfig())
-    model.to(dtype)
+    model.to(dtype).train()
 
     def backward(batch: PackedBatch) -> float:
         terms = compute_next_token_loss(model, batch)
@@ -76,10 +58,12 @@ def build_ours(folder: Path, config: ModelConfig, *, dtype: torch.dtype) -> Cont
         (loss + BALANCING * compute_load_balancing(terms.routing)).backward()
         return loss.item()
 
-    return Contender(f"tramontane, {_name(dtype)}", backward, optimizer)
+    return optimizer, backward
 
 
-def build_theirs(folder: Path, *, dtype: torch.dtype, experts: str) -> Contender:
+def prepare_theirs(
+    folder: Path, dtype: torch.dtype, *, experts: str
+) -> tuple[MasterAdamW, Backward]:
     model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation=experts)
     model.config.output_router_logits = True
     model.config.router_aux_loss_coef = model.router_aux_loss_coef = BALANCING
@@ -92,11 +76,75 @@ def build_theirs(folder: Path, *, dtype: torch.dtype, experts: str) -> Contender
         output.loss.backward()
         return (output.loss - BALANCING * output.aux_loss).item()
 
-    return Contender(f"transformers, {_name(dtype)}, {experts}", backward, optimizer)
+    return optimizer, backward
 
 
-def _name(dtype: torch.dtype) -> str:
-    return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+CONTENDERS: dict[str, Callable[[Path], tuple[MasterAdamW, Backward]]] = {
+    "tramontane, bf16": lambda folder: prepare_ours(folder, torch.bfloat16),
+    "transformers, bf16, grouped_mm": lambda folder: prepare_theirs(
+        folder, torch.bfloat16, experts="grouped_mm"
+    ),
+    "transformers, bf16, eager": lambda folder: prepare_theirs(
+        folder, torch.bfloat16, experts="eager"
+    ),
+    "tramontane, fp32": lambda folder: prepare_ours(folder, torch.float32),
+    "transformers, fp32, grouped_mm": lambda folder: prepare_theirs(
+        folder, torch.float32, experts="grouped_mm"
+    ),
+}
+
+
+def serve_steps(name: str, folder: Path, batches: list[PackedBatch], pipe: Connection) -> None:
+    """The life of a contender's process: a step each time it is asked, (seconds, loss) back."""
+    optimizer, backward = CONTENDERS[name](folder)
+    for step, batch in enumerate(batches, start=1):
+        pipe.recv_bytes()
+        started = time.perf_counter()
+        loss = backward(batch)
+        optimizer.accumulate()
+        optimizer.clip(step=step)
+        optimizer.step(LR)
+        pipe.send((time.perf_counter() - started, loss))
+
+
+@dataclass
+class Contender:
+    """A process that trains, and what it answered."""
+
+    name: str
+    pipe: Connection
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+    def step(self) -> None:
+        """One timed update."""
+        self.pipe.send_bytes(b"step")
+        seconds, loss = self.pipe.recv()
+        self.seconds.append(seconds)
+        self.losses.append(loss)
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second, by the median step."""
+        return ROWS * SEQ_LEN / statistics.median(self.seconds[WARMUP_STEPS:])
+
+
+@contextmanager
+def start_contenders(folder: Path, batches: list[PackedBatch]) -> Iterator[list[Contender]]:
+    """All contenders, each waiting in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    contenders, processes = [], []
+    for name in CONTENDERS:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve_steps, args=(name, folder, batches, theirs))
+        process.start()
+        processes.append(process)
+        contenders.append(Contender(name, ours))
+    try:
+        yield contenders
+    finally:
+        for process in processes:
+            process.terminate()
 
 
 def read_batches(paths: list[str], count: int) -> list[PackedBatch]:
@@ -129,22 +177,18 @@ def main() -> None:
     parser.add_argument("--preset", default="tramontane-23m")
     parser.add_argument("--text", nargs="+", default=[str(STORIES)], metavar="FILE")
     arguments = parser.parse_args()
-    keep_freed_memory()
-    keep_compiled_products()
     config = get_preset(arguments.preset)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "model"
-        contenders = [
-            build_ours(folder, config, dtype=torch.bfloat16),
-            build_theirs(folder, dtype=torch.bfloat16, experts="grouped_mm"),
-            build_theirs(folder, dtype=torch.bfloat16, experts="eager"),
-            build_theirs(folder, dtype=torch.float32, experts="grouped_mm"),
-        ]
+    batches = read_batches(arguments.text, arguments.steps)
     rates = []
-    for batch in read_batches(arguments.text, arguments.steps):
-        rates.append(measure_matmul_rate(2048, config.dim, config.hidden_dim))
-        for contender in contenders:
-            contender.step(batch)
+    with tempfile.TemporaryDirectory() as name:
+        model = build_model(config)
+        initialize_weights(model, seed=0)
+        save_model(model, Path(name) / "model", dtype=torch.float32)
+        with start_contenders(Path(name) / "model", batches) as contenders:
+            for _ in batches:
+                rates.append(measure_matmul_rate(2048, config.dim, config.hidden_dim))
+                for contender in contenders:
+                    contender.step()
     flops = count_flops_per_token(config)
     limit = statistics.median(rates) / flops
     print(describe_machine("transformers"))

@@ -19,7 +19,7 @@ if [ "${1:-}" = --smoke ]; then
     RUNS=$(mktemp -d) STEPS=20
     trap 'rm -rf "$RUNS"' EXIT
     flags=(--source "tinystories=tinystories.jsonl.gz" --seq-len 128 --batch-size 4 --warmup-steps 5
-           --vocab-size 1024 --eval-every 10 --save-every 10 --sample-every 0)
+           --vocab-size 1024 --dtype float32 --eval-every 10 --save-every 10 --sample-every 0)
     scored=(tinystories=tinystories.jsonl.gz) max_tokens=4000
 elif [ $# -eq 0 ]; then
     flags=()

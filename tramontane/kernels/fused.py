@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 QUERY_BLOCK = 256  # queries per attention block: scores of one block stay in the L2 cache
 KEY_STEP = 64  # the first key of a block is a multiple of this
 MIN_PADDED_ROWS = 64  # experts with fewer rows are not padded
-HEAD_BLOCK = 512  # tokens per block of the head: 512 x vocabulary logits
+HEAD_BLOCK = 1024  # tokens per block of the head: 1024 x vocabulary logits
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -32,7 +32,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None) -> Tensor:
     """See `reference.causal_attention`."""
-    blocks = plan_attention((q.shape[0],), k.shape[1] - q.shape[0], window, q.device)
+    blocks = plan_attention((q.shape[0],), k.shape[1] - q.shape[0], window, q.dtype, q.device)
     return _BlockAttention.apply(q, k, v, blocks)
 
 
@@ -40,7 +40,7 @@ def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int], *, window: int | None = None
 ) -> Tensor:
     """See `reference.packed_attention`."""
-    blocks = plan_attention(tuple(seqlens), 0, window, q.device)
+    blocks = plan_attention(tuple(seqlens), 0, window, q.dtype, q.device)
     return _BlockAttention.apply(q, k, v, blocks)
 
 
@@ -69,11 +69,11 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         normed, inverse_rms, weight = ctx.saved_tensors
-        grad_weight = (grad * normed).flatten(0, -2).sum(0, dtype=torch.float32)
+        grad_weight = (grad * normed).flatten(0, -2).sum(0)  # in fp32 inside
         grad_normed = (grad * weight).float()
         mean = (grad_normed * normed).mean(-1, keepdim=True)
         grad_x = torch.addcmul(grad_normed, normed.float(), mean, value=-1).mul_(inverse_rms)
-        return grad_x.to(grad.dtype), grad_weight.to(weight.dtype), None
+        return grad_x.to(grad.dtype), grad_weight, None
 
 
 class _Rotate(torch.autograd.Function):
@@ -100,16 +100,24 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class AttentionBlock(NamedTuple):
-    """Some query rows, the keys that any of them sees, and those of them to hide (n, m), if any."""
+    """Some query rows and the keys that any of them sees.
+
+    `bias` (n, m - first_biased) is added to the scores of the last keys: -inf hides a key.
+    """
 
     rows: slice
     keys: slice
-    hidden: Tensor | None
+    first_biased: int
+    bias: Tensor
 
 
 @lru_cache(maxsize=8)  # the layers of one forward pass share a plan
 def plan_attention(
-    seqlens: tuple[int, ...], num_cached: int, window: int | None, device: torch.device
+    seqlens: tuple[int, ...],
+    num_cached: int,
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> list[AttentionBlock]:
     """Cut attention into blocks of queries, so that no work is done far above the diagonal.
 
@@ -129,8 +137,18 @@ def plan_attention(
         keys = slice(first_key // KEY_STEP * KEY_STEP, num_cached + rows.stop)
         hidden = key_at[keys] > position[rows, None]
         hidden |= key_at[keys] < oldest[rows, None]
-        blocks.append(AttentionBlock(rows, keys, hidden if hidden.any() else None))
+        blocks.append(_bias_hidden_keys(rows, keys, hidden, dtype=dtype))
     return blocks
+
+
+def _bias_hidden_keys(
+    rows: slice, keys: slice, hidden: Tensor, *, dtype: torch.dtype
+) -> AttentionBlock:
+    """Most blocks hide keys in their last columns alone, above the diagonal."""
+    columns = hidden.any(0).nonzero()
+    first = int(columns[0]) if len(columns) else hidden.shape[1]
+    bias = torch.zeros(hidden[:, first:].shape, dtype=dtype, device=hidden.device)
+    return AttentionBlock(rows, keys, first, bias.masked_fill_(hidden[:, first:], float("-inf")))
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -144,11 +162,10 @@ class _BlockAttention(torch.autograd.Function):
         grouped = _group_queries(q * q.shape[-1] ** -0.5, k.shape[0])  # (G, R, T, S)
         out = torch.empty_like(grouped)
         kept = []
-        for rows, keys, hidden in blocks:
+        for rows, keys, first_biased, bias in blocks:
             queries = grouped[:, :, rows].flatten(1, 2)  # (G, R*n, S)
             scores = torch.bmm(queries, k[:, keys].transpose(1, 2))  # (G, R*n, m)
-            if hidden is not None:
-                scores.unflatten(1, (-1, len(hidden))).masked_fill_(hidden, float("-inf"))
+            scores.unflatten(1, (-1, len(bias)))[..., first_biased:].add_(bias)
             probs = torch.softmax(scores, dim=-1)
             out[:, :, rows] = torch.bmm(probs, v[:, keys]).view_as(out[:, :, rows])
             if needs_grad:
@@ -164,7 +181,7 @@ class _BlockAttention(torch.autograd.Function):
         grouped, k, v, *kept = ctx.saved_tensors
         grad = _group_queries(grad, k.shape[0])  # (G, R, T, S)
         grad_q, grad_k, grad_v = torch.empty_like(grouped), torch.zeros_like(k), torch.zeros_like(v)
-        for (rows, keys, _), probs in zip(ctx.blocks, kept, strict=True):
+        for (rows, keys, *_), probs in zip(ctx.blocks, kept, strict=True):
             grad_out = grad[:, :, rows].flatten(1, 2)  # (G, R*n, S)
             grad_v[:, keys] += torch.bmm(probs.transpose(1, 2), grad_out)
             grad_probs = torch.bmm(grad_out, v[:, keys].transpose(1, 2))  # (G, R*n, m)
@@ -248,29 +265,24 @@ class _MoeExperts(torch.autograd.Function):
         slots = out.index_select(0, layout.row_of_slot).unflatten(0, experts.shape)  # (T, K, D)
         if any(ctx.needs_input_grad):
             ctx.layout = layout
-            ctx.save_for_backward(rows, gate, up, weights, w1, w2, w3)
+            ctx.save_for_backward(rows, gate, up, out, weights, w1, w2, w3)
         return _sum_slots(slots, weights).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, gate, up, weights, w1, w2, w3 = ctx.saved_tensors
+        rows, gate, up, out, weights, w1, w2, w3 = ctx.saved_tensors
         layout: _ExpertRows = ctx.layout
         row_weights = weights.flatten()[layout.slot_of_row][:, None] * layout.is_real  # (N, 1)
-        # Of each row's output, before its weight: (N, D)
-        grad_out = grad.index_select(0, layout.slot_of_row // weights.shape[1])
+        grad_out = grad.index_select(0, layout.slot_of_row // weights.shape[1])  # (N, D)
+        grad_row_weights = (grad_out * out).sum(-1).to(weights.dtype)  # (N,), in fp32 inside
+        grad_out.mul_(row_weights.to(grad.dtype))
         grad_rows = torch.empty_like(rows)
-        grad_row_weights = torch.empty_like(row_weights)
         grad_w1, grad_w2, grad_w3 = (torch.zeros_like(w) for w in (w1, w2, w3))
         for e, span in layout.spans:
-            weight = row_weights[span].to(rows.dtype)
             activated = F.silu(gate[span])
-            # d(loss)/d(weight) = grad . w2(hidden) = (w2^T grad) . hidden: no second w2 product.
             grad_hidden = torch.mm(grad_out[span], w2[e])  # (n, F)
-            hidden = activated * up[span]
-            grad_row_weights[span] = (grad_hidden * hidden).sum(-1, True, dtype=torch.float32)
-            torch.mm(grad_out[span].t(), hidden.mul_(weight), out=grad_w2[e])
-            grad_hidden.mul_(weight)
+            torch.mm(grad_out[span].t(), activated * up[span], out=grad_w2[e])
             grad_up = activated.mul_(grad_hidden)
             grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(up[span]), gate[span])
             torch.mm(grad_gate.t(), rows[span], out=grad_w1[e])
@@ -310,10 +322,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             likelihood = probs.gather(1, target).float().clamp_min_(torch.finfo(torch.float32).tiny)
             total -= torch.where(counted, likelihood.log(), 0).sum()
             if grad_hidden is not None and grad_weight is not None:
-                probs.scatter_add_(1, target, probs.new_full(target.shape, -1.0))
-                grad_logits = probs.mul_(counted)
-                torch.mm(grad_logits, weight, out=grad_hidden[block])
-                grad_weight += torch.mm(grad_logits.t(), hidden[block])
+                row = torch.arange(len(probs), device=probs.device)
+                probs[row, target[:, 0]] = (likelihood - 1)[:, 0].to(probs.dtype)
+                if not counted.all():
+                    probs.mul_(counted)
+                torch.mm(probs, weight, out=grad_hidden[block])  # the gradient of the logits
+                grad_weight += torch.mm(probs.t(), hidden[block])
         if needs_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.weight_dtype = weight.dtype

@@ -1,4 +1,4 @@
-"""Held-out text: bits per byte, comparable between tokenizers (lower is better), and router load."""
+"""Held-out text: bits per byte (comparable between tokenizers, lower is better), router load."""
 
 import math
 from collections.abc import Mapping

@@ -1,7 +1,9 @@
 """What a person sees of a run: a progress bar in a terminal, plain lines elsewhere."""
 
 import resource
+import statistics
 import sys
+from collections import deque
 from types import TracebackType
 from typing import Self
 
@@ -10,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tramontane.train.loop import StepReport
 
-_SMOOTHING = 0.1  # share of the newest step in the running averages
+_WINDOW = 20  # steps that the shown averages are taken over
 
 
 class ProgressPrinter:
@@ -19,7 +21,7 @@ class ProgressPrinter:
     def __init__(self, *, print_every: int) -> None:
         self._console = Console(stderr=True, highlight=False)
         self._print_every = max(1, print_every)
-        self._loss = self._seconds = 0.0
+        self._recent: deque[StepReport] = deque(maxlen=_WINDOW)
         self._bar = Progress(
             TextColumn("step"), MofNCompleteColumn(), BarColumn(),
             TextColumn("{task.description}"), TimeRemainingColumn(),
@@ -41,16 +43,13 @@ class ProgressPrinter:
 
     def on_step(self, report: StepReport, num_steps: int) -> None:
         """Move the bar, or print a line every so many steps where there is none."""
-        share = _SMOOTHING if self._seconds else 1.0
-        self._loss += share * (report.loss - self._loss)
-        self._seconds += share * (report.seconds - self._seconds)
-        text = (
-            f"loss {self._loss:.3f}  {report.units / self._seconds:,.0f} tok/s  "
-            f"{_peak_memory_gib():.1f} GiB"
-        )
+        self._recent.append(report)
+        loss = statistics.fmean(step.loss for step in self._recent)
+        seconds = statistics.median(step.seconds for step in self._recent)  # the first is slow
+        text = f"loss {loss:.3f}  {report.units / seconds:,.0f} tok/s  {_peak_memory_gib():.1f} GiB"
         self._bar.update(self._task, completed=report.step, total=num_steps, description=text)
         if self._bar.disable and report.step % self._print_every == 0:
-            left = (num_steps - report.step) * self._seconds / 60
+            left = (num_steps - report.step) * seconds / 60
             self._print(f"step {report.step}/{num_steps}  {text}  {left:,.0f} min left")
 
     def on_note(self, text: str) -> None:
