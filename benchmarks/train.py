@@ -102,7 +102,7 @@ def serve_steps(name: str, folder: Path, batches: list[PackedBatch], pipe: Conne
         started = time.perf_counter()
         loss = backward(batch)
         optimizer.accumulate()
-        optimizer.clip(step=step)
+        optimizer.average(1, step=step)
         optimizer.step(LR)
         pipe.send((time.perf_counter() - started, loss))
 

@@ -212,6 +212,14 @@ def test_a_run_is_not_started_over(tmp_path: Path) -> None:
         trainer.folder.start({})
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_starts_over(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.start({})
+    folder.log({"step": 1})
+    folder.start({})
+    assert not folder.log_path.exists()
+
+
 def test_two_trainers_cannot_share_a_folder(tmp_path: Path) -> None:
     """T21."""
     used = pytest.raises(TrainingError, match=f"in use by process {os.getpid()}")

@@ -119,7 +119,8 @@ def test_config_file_and_flags(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(
         'out = "o"\nsources = ["a.txt"]\nvocab_size = 300\n'
-        '[model]\npreset = "tramontane-23m"\nn_layers = 1\n[optimizer]\nlr = 0.5\nbetas = [0.8, 0.9]'
+        '[model]\npreset = "tramontane-23m"\nn_layers = 1\n[optimizer]\n'
+        "lr = 0.5\nbetas = [0.8, 0.9]"
     )
     config = load_pretrain_config(path, {"optimizer": {"lr": 0.25}, "model": {"hidden_dim": 32}})
     assert config.optimizer.lr == 0.25

@@ -296,10 +296,14 @@ class _MoeExperts(torch.autograd.Function):
 
 def _sum_slots(slots: Tensor, weights: Tensor | None = None) -> Tensor:
     """Sum (T, K, D) over K in fp32 in slot order, weighted by (T, K) where weights are given."""
-    total = torch.zeros(slots.shape[0], slots.shape[2], dtype=torch.float32, device=slots.device)
-    for k in range(slots.shape[1]):
-        slot = slots[:, k].float()
-        total.add_(slot if weights is None else slot.mul_(weights[:, k, None]))
+    total = slots[:, 0].to(torch.float32, copy=True)
+    if weights is not None:
+        total.mul_(weights[:, :1])
+    for k in range(1, slots.shape[1]):
+        if weights is None:
+            total.add_(slots[:, k])
+        else:
+            total.addcmul_(slots[:, k].float(), weights[:, k, None])
     return total
 
 

@@ -51,11 +51,12 @@ class RunFolder:
             yield
 
     def start(self, config: dict[str, Any]) -> None:
-        """Begin a new run. Raises ConfigError if there is one already."""
-        if self.find_checkpoints() or self.log_path.exists():
+        """Begin a new run. Raises ConfigError if there is one that can be resumed."""
+        if self.find_checkpoints():
             raise ConfigError(
                 f"{self.path} already holds a run: go on with --resume, or choose another --out"
             )
+        self.log_path.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
         self._write_config(config)
 
     def continue_with(self, config: dict[str, Any], *, override: bool) -> None:

@@ -146,8 +146,7 @@ class Trainer(Generic[BatchT]):
             for name, value in self._backward(terms).items():
                 sums[name] += value
             health.add(terms.routing)
-        self.optimizer.scale(1 / max(1, units))
-        grad_norm = self.optimizer.clip(step=self.step + 1)
+        grad_norm = self.optimizer.average(max(1, units), step=self.step + 1)
         lr = compute_lr(self.step, num_steps=self.config.num_steps, config=self.optimizer.config)
         self.optimizer.step(lr)
         self.step += 1
@@ -176,7 +175,7 @@ class Trainer(Generic[BatchT]):
         return dict(zip(("loss", "load_balancing", "router_z"), values, strict=True))
 
     def _run_periodic(self) -> None:
-        is_last = self.step == self.config.num_steps
+        is_last = self.step == self.config.num_steps and self.config.eval_every > 0
         if self.evaluate and (self._is_due(self.config.eval_every) or is_last):
             scores = self.evaluate(self.model)
             self.folder.log({"step": self.step, "held_out_bits_per_byte": scores})

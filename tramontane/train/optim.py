@@ -84,26 +84,23 @@ class MasterAdamW:
                 master.grad.add_(grad)
             parameter.grad = None
 
-    def scale(self, factor: float) -> None:
-        """Multiply the gathered gradients, e.g. by 1 / tokens."""
-        torch._foreach_mul_([w.grad for w in self.masters.values() if w.grad is not None], factor)
-
-    def clip(self, *, step: int) -> float:
-        """Scale the gradients to norm `max_grad_norm` at most; returns the norm before.
+    def average(self, num_units: int, *, step: int) -> float:
+        """Divide the gathered gradients by `num_units` and clip them; returns their norm between.
 
         Raises TrainingError that names the first parameter whose gradient is not finite.
         """
         gradients = {n: w.grad for n, w in self.masters.items() if w.grad is not None}
-        norm = torch.nn.utils.get_total_norm(gradients.values())
-        if not torch.isfinite(norm):
+        norm = torch.nn.utils.get_total_norm(gradients.values()).item() / num_units
+        if not math.isfinite(norm):
             bad = [name for name, grad in gradients.items() if not torch.isfinite(grad).all()]
             self.clear()
             raise TrainingError(
                 f"step {step}: the gradient of {bad[0] if bad else 'the model'} is not finite; the "
                 "step was not applied. Lower the learning rate, or look at the data of this step"
             )
-        torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self.config.max_grad_norm, norm)
-        return norm.item()
+        factor = min(1.0, self.config.max_grad_norm / (norm + 1e-6)) / num_units
+        torch._foreach_mul_(list(gradients.values()), factor)  # in one pass over all of them
+        return norm
 
     def step(self, lr: float) -> None:
         """Update the masters at learning rate `lr`, and the model from them."""

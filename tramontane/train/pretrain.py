@@ -5,6 +5,7 @@ OUT/tokens/      the encoded text
 OUT/model/       the model after the last step
 """
 
+import json
 import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -32,6 +33,8 @@ from tramontane.train.losses import compute_next_token_loss
 from tramontane.train.optim import MasterAdamW, OptimizerConfig
 
 TOKENIZER_SAMPLE_CHARS = 60_000_000
+# What suits a small model that has not been aligned; a model's folder carries its defaults.
+GENERATION_DEFAULTS = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "max_new_tokens": 200}
 
 
 @dataclass(frozen=True)
@@ -225,6 +228,14 @@ def initialize_weights(model: Transformer, *, seed: int) -> None:
 
 
 def _export(trainer: Trainer[PackedBatch], tokenizer: Tokenizer, folder: Path) -> Path:
-    save_model(trainer.model, folder, tokenizer=tokenizer, dtype=torch.bfloat16)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    generation = json.dumps(ids | GENERATION_DEFAULTS, indent=2) + "\n"
+    save_model(
+        trainer.model,
+        folder,
+        tokenizer=tokenizer,
+        dtype=torch.bfloat16,
+        extra_files={"generation_config.json": generation},
+    )
     trainer.observer.on_note(f"saved the model to {folder}")
     return folder
