@@ -1,0 +1,19 @@
+"""The kernels of `reference.py` with hand-written backward passes, in torch, for any device.
+
+Each equals its namesake there. They are faster because intermediate results are few, stay in the
+cache, and return to slot order by a gather.
+"""
+
+from tramontane.kernels.fused.attention import causal_attention, packed_attention
+from tramontane.kernels.fused.cross_entropy import linear_cross_entropy
+from tramontane.kernels.fused.elementwise import rms_norm, rotate
+from tramontane.kernels.fused.experts import moe_experts
+
+__all__ = [
+    "causal_attention",
+    "linear_cross_entropy",
+    "moe_experts",
+    "packed_attention",
+    "rms_norm",
+    "rotate",
+]
