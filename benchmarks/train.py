@@ -32,10 +32,10 @@ from tramontane.data.sources import parse_source
 from tramontane.data.token_files import prepare_token_files
 from tramontane.models.transformer import build_model
 from tramontane.tokenizer.tokenizer import Tokenizer
+from tramontane.train.initialization import initialize_weights
 from tramontane.train.losses import compute_load_balancing, compute_next_token_loss
 from tramontane.train.memory import keep_compiled_products, keep_freed_memory
 from tramontane.train.optim import MasterAdamW, OptimizerConfig
-from tramontane.train.pretrain import initialize_weights
 
 ROWS, SEQ_LEN, LR, BALANCING = 8, 1024, 1e-3, 0.01
 WARMUP_STEPS = 2  # not timed: products are compiled, memory is mapped

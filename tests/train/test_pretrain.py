@@ -16,13 +16,10 @@ from tramontane.data.token_files import TokenFile
 from tramontane.errors import ConfigError, DataError
 from tramontane.tokenizer.tokenizer import Tokenizer
 from tramontane.train.held_out import measure_held_out
+from tramontane.train.initialization import initialize_weights
 from tramontane.train.loop import StepReport
-from tramontane.train.pretrain import (
-    PretrainConfig,
-    initialize_weights,
-    load_pretrain_config,
-    pretrain,
-)
+from tramontane.train.pretrain import pretrain
+from tramontane.train.pretrain_config import PretrainConfig, load_pretrain_config
 
 WORDS = "the a cat dog sun moon saw met liked little big red blue and then one day".split()
 
@@ -196,3 +193,9 @@ def test_bits_per_byte_by_hand() -> None:
 def test_settings_are_checked() -> None:
     with pytest.raises(ConfigError, match="seq_len"):
         PretrainConfig(out="o", sources=("a.txt",), model=make_config(), seq_len=0)
+
+
+def test_an_unusable_device_is_named(settings: dict[str, Any]) -> None:
+    config = load_pretrain_config(None, settings | {"device": "abacus"})
+    with pytest.raises(ConfigError, match="device is 'abacus'"):
+        pretrain(config, Recorder())

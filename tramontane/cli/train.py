@@ -30,6 +30,7 @@ def train(
     decay_ratio: float | None = None,
     load_balancing_coef: float | None = None,
     dtype: Literal["bfloat16", "float32"] | None = None,
+    device: str | None = None,
     seed: int | None = None,
     eval_every: int | None = None,
     sample_every: int | None = None,
@@ -79,6 +80,8 @@ def train(
         Weight of the loss that keeps experts evenly used.
     dtype
         Of the computation; master weights are always fp32.
+    device
+        auto, cpu, cuda, cuda:1, ...
     seed
         Of the weights and of the order of documents.
     eval_every
@@ -97,13 +100,14 @@ def train(
     import torch
 
     from tramontane.train.memory import keep_compiled_products, keep_freed_memory
-    from tramontane.train.pretrain import load_pretrain_config, pretrain
+    from tramontane.train.pretrain import pretrain
+    from tramontane.train.pretrain_config import load_pretrain_config
     from tramontane.train.progress import ProgressPrinter
 
     flags: dict[str, Any] = {
         "sources": source, "data_dir": data_dir, "out": out, "tokenizer": tokenizer,
         "vocab_size": vocab_size, "seq_len": seq_len, "batch_size": batch_size, "dtype": dtype,
-        "seed": seed, "model": {"preset": model},
+        "device": device, "seed": seed, "model": {"preset": model},
         "loop": {
             "num_steps": steps, "accumulation": accumulation, "eval_every": eval_every,
             "sample_every": sample_every, "save_every": save_every,

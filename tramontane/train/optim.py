@@ -136,7 +136,7 @@ class MasterAdamW:
             master.copy_(tensors[f"master.{name}"])
             self.adamw.state[master] = {
                 "step": torch.tensor(float(num_steps)),
-                "exp_avg": tensors[f"exp_avg.{name}"].clone(),
-                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].clone(),
+                "exp_avg": tensors[f"exp_avg.{name}"].to(master.device, copy=True),
+                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(master.device, copy=True),
             }
         self.write_back()

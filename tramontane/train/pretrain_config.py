@@ -1,0 +1,96 @@
+"""What a pre-training run is asked for: a TOML file, flags, or both."""
+
+import tomllib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tramontane.config import ModelConfig, build_config, get_preset, require_positive
+from tramontane.data.sources import Source, parse_source
+from tramontane.errors import ConfigError
+from tramontane.train.loop import LoopConfig
+from tramontane.train.optim import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything that a pre-training run depends on; saved with it.
+
+    `sources` are `[DOMAIN=]PATH[:WEIGHT]`, relative to `data_dir`. `tokenizer` is a folder with a
+    tokenizer.json; without one, `vocab_size` tokens are learnt. `dtype` is that of the computation;
+    the optimizer keeps fp32 weights.
+    """
+
+    out: str
+    sources: tuple[str, ...]
+    model: ModelConfig
+    data_dir: str = "."
+    tokenizer: str | None = None
+    seq_len: int = 1024
+    batch_size: int = 8  # rows of seq_len tokens
+    seed: int = 1
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    device: str = "auto"  # a GPU where there is one
+    eval_tokens: int = 8192  # per domain, at each evaluation
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        require_positive(self, "seq_len", "batch_size", "eval_tokens")
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ConfigError(f"dtype is {self.dtype!r}; choose bfloat16 or float32")
+        if self.seq_len > self.model.max_seq_len:
+            raise ConfigError(
+                f"seq_len is {self.seq_len}, above the model's max_seq_len {self.model.max_seq_len}"
+            )
+
+    def parse_sources(self) -> list[Source]:
+        """The sources, with paths from the working directory."""
+        parsed = [parse_source(spec) for spec in self.sources]
+        return [replace(s, path=str(Path(self.data_dir) / s.path)) for s in parsed]
+
+
+def load_pretrain_config(path: Path | None, changes: dict[str, Any]) -> PretrainConfig:
+    """Read a TOML file, if any, and lay `changes` ({"optimizer": {"lr": 1e-3}, ...}) over it.
+
+    `vocab_size` may stand at the top, where it becomes the model's. Raises ConfigError.
+    """
+    values = _merge(_read_toml(path) if path else {}, changes)
+    vocab_size = values.pop("vocab_size", None)
+    values["model"] = _build_model_config(values.get("model", {}), vocab_size)
+    values["loop"] = build_config(LoopConfig, values.get("loop", {}), where="[loop]")
+    optimizer = dict(values.get("optimizer", {}))
+    if "betas" in optimizer:
+        optimizer["betas"] = tuple(optimizer["betas"])
+    values["optimizer"] = build_config(OptimizerConfig, optimizer, where="[optimizer]")
+    values["sources"] = tuple(values.get("sources", ()))
+    config: PretrainConfig = build_config(PretrainConfig, values, where=str(path or "the flags"))
+    return config
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; name a TOML file, see recipes/") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        both = isinstance(value, dict) and isinstance(old, dict)
+        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _build_model_config(values: dict[str, Any], vocab_size: int | None) -> ModelConfig:
+    """`{"preset": name, ...}` with single fields changed, or all fields."""
+    values = dict(values)
+    if vocab_size is not None:
+        values["vocab_size"] = vocab_size
+    if "preset" in values:
+        values = _merge(get_preset(values.pop("preset")).to_dict(), values)
+    return ModelConfig.from_dict(values)
