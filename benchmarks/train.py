@@ -35,7 +35,7 @@ from tramontane.tokenizer.tokenizer import Tokenizer
 from tramontane.train.initialization import initialize_weights
 from tramontane.train.losses import compute_load_balancing, compute_next_token_loss
 from tramontane.train.memory import keep_compiled_products, keep_freed_memory
-from tramontane.train.optim import MasterAdamW, OptimizerConfig
+from tramontane.train.optim import MasterOptimizer, OptimizerConfig
 
 ROWS, SEQ_LEN, LR, BALANCING = 8, 1024, 1e-3, 0.01
 WARMUP_STEPS = 2  # not timed: products are compiled, memory is mapped
@@ -45,11 +45,11 @@ STORIES = Path(__file__).parents[2] / "shared" / "data" / "pretrain" / "tinystor
 Backward = Callable[[PackedBatch], float]  # leaves gradients, returns the mean cross-entropy
 
 
-def prepare_ours(folder: Path, dtype: torch.dtype) -> tuple[MasterAdamW, Backward]:
+def prepare_ours(folder: Path, dtype: torch.dtype) -> tuple[MasterOptimizer, Backward]:
     keep_freed_memory()
     keep_compiled_products()
     model = load_model(folder)
-    optimizer = MasterAdamW(model, OptimizerConfig())
+    optimizer = MasterOptimizer(model, OptimizerConfig())
     model.to(dtype).train()
 
     def backward(batch: PackedBatch) -> float:
@@ -63,11 +63,11 @@ def prepare_ours(folder: Path, dtype: torch.dtype) -> tuple[MasterAdamW, Backwar
 
 def prepare_theirs(
     folder: Path, dtype: torch.dtype, *, experts: str
-) -> tuple[MasterAdamW, Backward]:
+) -> tuple[MasterOptimizer, Backward]:
     model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation=experts)
     model.config.output_router_logits = True
     model.config.router_aux_loss_coef = model.router_aux_loss_coef = BALANCING
-    optimizer = MasterAdamW(model, OptimizerConfig())
+    optimizer = MasterOptimizer(model, OptimizerConfig())
     model.to(dtype).train()
 
     def backward(batch: PackedBatch) -> float:
@@ -79,7 +79,7 @@ def prepare_theirs(
     return optimizer, backward
 
 
-CONTENDERS: dict[str, Callable[[Path], tuple[MasterAdamW, Backward]]] = {
+CONTENDERS: dict[str, Callable[[Path], tuple[MasterOptimizer, Backward]]] = {
     "tramontane, bf16": lambda folder: prepare_ours(folder, torch.bfloat16),
     "transformers, bf16, grouped_mm": lambda folder: prepare_theirs(
         folder, torch.bfloat16, experts="grouped_mm"

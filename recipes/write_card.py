@@ -1,6 +1,6 @@
 """Prints the model card of a finished run, from its own files.
 
-python recipes/write_card.py RUN DENSE_RUN, each with model/, config.json, log.jsonl and scores.json
+python recipes/write_card.py RUN [DENSE_RUN], each with model/, config.json, log.jsonl, scores.json
 (`tramontane perplexity --json`). RUN is the mixture of experts, DENSE_RUN its dense equal.
 """
 
@@ -31,9 +31,10 @@ LICENCES = {
 
 
 def main() -> None:
-    if len(sys.argv) != 3:
-        sys.exit("usage: python recipes/write_card.py RUN DENSE_RUN")
-    run, dense = Path(sys.argv[1]), Path(sys.argv[2])
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: python recipes/write_card.py RUN [DENSE_RUN]")
+    run = Path(sys.argv[1])
+    dense = Path(sys.argv[2]) if len(sys.argv) == 3 else None
     for part in (describe(run, dense), list_scores(run, dense), list_load(run), list_samples(run)):
         print(part)
 
@@ -53,12 +54,10 @@ def count_tokens_seen(run: Path) -> tuple[int, int]:
     return last["step"], last["units_seen"]
 
 
-def describe(run: Path, dense: Path) -> str:
+def describe(run: Path, dense: Path | None) -> str:
     config, settings = read_config(run), read_json(run / "config.json")
     count = config.count_parameters()
     steps, tokens = count_tokens_seen(run)
-    dense_count = read_config(dense).count_parameters()
-    dense_tokens = count_tokens_seen(dense)[1]
     assert config.moe is not None
     optimizer = settings["optimizer"]
     return f"""---
@@ -77,18 +76,29 @@ studied. It is no source of facts, has not been aligned, and repeats what old bo
 
 Trained from random weights by `recipes/pretrain.sh`: {steps:,} steps, {tokens:,} tokens seen
 (texts of the small domains several times), batches of {settings["batch_size"]} x
-{settings["seq_len"]}, AdamW at {optimizer["lr"]:g} ({optimizer["schedule"]}), load-balancing loss
+{settings["seq_len"]}, {optimizer["kind"]} at {optimizer["lr"]:g} ({optimizer["schedule"]}), load-balancing loss
 {settings["loop"]["load_balancing_coef"]:g}, {settings["dtype"]} computation with fp32 master
-weights. The dense baseline has {dense_count.active:,} parameters, all active, and saw
-{dense_tokens:,} tokens of the same order.
+weights. {describe_baseline(dense)}
 
 The file is an ordinary Hugging Face folder: `AutoModelForCausalLM.from_pretrained` reads it.
 """
 
 
-def list_scores(run: Path, dense: Path) -> str:
+def describe_baseline(dense: Path | None) -> str:
+    """What the last column of the scores is."""
+    if dense is None:
+        return "No dense baseline has been trained on these tokens yet."
+    count, tokens = read_config(dense).count_parameters(), count_tokens_seen(dense)[1]
+    return (
+        f"The dense baseline has {count.active:,} parameters,\nall active, and saw {tokens:,} "
+        "tokens in the same order."
+    )
+
+
+def list_scores(run: Path, dense: Path | None) -> str:
     """One row per domain: share of the tokens, licence, held-out bits per byte of both models."""
-    ours, theirs = read_json(run / "scores.json"), read_json(dense / "scores.json")
+    ours = read_json(run / "scores.json")
+    theirs = read_json(dense / "scores.json") if dense else None
     specs = [spec.rpartition(":") for spec in read_json(run / "config.json")["sources"]]
     shares = {head.partition("=")[0]: float(weight) for head, _, weight in specs if head}
     total = sum(shares.values()) or 1.0
@@ -101,13 +111,14 @@ def list_scores(run: Path, dense: Path) -> str:
         "|---|---|--:|--:|--:|",
     ]
     for domain, score in ours["domains"].items():
-        baseline = theirs["domains"][domain]["bits_per_byte"]
+        baseline = f"{theirs['domains'][domain]['bits_per_byte']:.3f}" if theirs else "-"
         share = shares.get(domain, total) / total
         lines.append(
             f"| {domain} | {LICENCES.get(domain, 'see the data')} | {share:.1%} | "
-            f"{score['bits_per_byte']:.3f} | {baseline:.3f} |"
+            f"{score['bits_per_byte']:.3f} | {baseline} |"
         )
-    lines.append(f"| **mean of domains** | | | **{ours['mean']:.3f}** | **{theirs['mean']:.3f}** |")
+    mean = f"**{theirs['mean']:.3f}**" if theirs else "-"
+    lines.append(f"| **mean of domains** | | | **{ours['mean']:.3f}** | {mean} |")
     return "\n".join(lines) + "\n"
 
 

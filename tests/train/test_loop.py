@@ -5,7 +5,7 @@ import os
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from tramontane.models.transformer import Transformer
 from tramontane.train.checkpoint import RunFolder
 from tramontane.train.loop import LoopConfig, StepReport, Trainer
 from tramontane.train.losses import LossTerms, compute_next_token_loss
-from tramontane.train.optim import MasterAdamW, OptimizerConfig
+from tramontane.train.optim import MasterOptimizer, OptimizerConfig
 
 
 @dataclass
@@ -58,12 +58,15 @@ class Recorder:
         self.notes.append(text)
 
 
-def make_trainer(out: Path, *, steps: int = 6, rows: int = 1, **changes: Any) -> Trainer[Any]:
+def make_trainer(
+    out: Path, *, steps: int = 6, rows: int = 1, kind: Literal["adamw", "muon"] = "adamw",
+    **changes: Any,
+) -> Trainer[Any]:  # fmt: skip
     model = make_model(seed=3)
     loop = {"num_steps": steps, "save_every": 2, "log_every": 1} | changes.pop("loop", {})
     return Trainer(
         model=model,
-        optimizer=MasterAdamW(model, OptimizerConfig(lr=1e-3, warmup_steps=2)),
+        optimizer=MasterOptimizer(model, OptimizerConfig(kind=kind, lr=1e-3, warmup_steps=2)),
         source=CountingSource(rows=rows),
         compute_loss=compute_next_token_loss,
         config=LoopConfig(**loop),
@@ -89,16 +92,19 @@ def test_loss_falls(tmp_path: Path) -> None:
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
 
 
-def test_interrupted_and_resumed_run_equals_the_unbroken_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_interrupted_and_resumed_run_equals_the_unbroken_one(
+    tmp_path: Path, kind: Literal["adamw", "muon"]
+) -> None:
     """T01: SIGTERM after step 3; in the end weights, moments, order of data and log agree."""
-    whole = make_trainer(tmp_path / "whole")
+    whole = make_trainer(tmp_path / "whole", kind=kind)
     assert whole.run()
-    interrupted = make_trainer(tmp_path / "parts")
+    interrupted = make_trainer(tmp_path / "parts", kind=kind)
     interrupted.observer.on_step = lambda report, num_steps: (
         os.kill(os.getpid(), signal.SIGTERM) if report.step == 3 else None
     )
     assert not interrupted.run()
-    resumed = make_trainer(tmp_path / "parts")
+    resumed = make_trainer(tmp_path / "parts", kind=kind)
     resumed.resume()
     assert resumed.step == 3
     assert resumed.run()

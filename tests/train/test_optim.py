@@ -7,7 +7,7 @@ import torch
 
 from tests.tiny import make_model, make_tokens
 from tramontane.errors import ConfigError, TrainingError
-from tramontane.train.optim import MasterAdamW, OptimizerConfig, compute_lr
+from tramontane.train.optim import MasterOptimizer, OptimizerConfig, compute_lr
 
 
 def add_gradients(model: torch.nn.Module, *, seed: int) -> None:
@@ -18,7 +18,7 @@ def add_gradients(model: torch.nn.Module, *, seed: int) -> None:
 def test_equals_torch_adamw_in_fp32() -> None:
     ours, plain = make_model(), make_model()
     config = OptimizerConfig(lr=1e-2, max_grad_norm=1e9)
-    optimizer = MasterAdamW(ours, config)
+    optimizer = MasterOptimizer(ours, config)
     decayed = [p for p in plain.parameters() if p.dim() > 1]
     others = [p for p in plain.parameters() if p.dim() == 1]
     oracle = torch.optim.AdamW(
@@ -36,10 +36,38 @@ def test_equals_torch_adamw_in_fp32() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)  # steps of 1e-2
 
 
+def test_muon_equals_torch_muon_per_expert() -> None:
+    """torch's Muon takes matrices alone; ours gives it each expert's, and AdamW the rest."""
+    ours, plain = make_model(), make_model()
+    optimizer = MasterOptimizer(ours, OptimizerConfig(kind="muon", lr=1e-2, max_grad_norm=1e9))
+    names = ("layers.0.feed_forward.experts.w2", "layers.1.attention.wk.weight")
+    expected = {name: dict(plain.named_parameters())[name].detach().clone() for name in names}
+    stacks = [expected[names[0]][e].clone() for e in range(8)]
+    matrices = [*stacks, expected[names[1]]]
+    oracle = torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    head = plain.output.weight.detach().clone()
+    adamw = torch.optim.AdamW([head], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    for step in range(3):
+        ours.zero_grad()
+        add_gradients(ours, seed=step)
+        gradients = {name: p.grad.clone() for name, p in ours.named_parameters()}
+        for e, matrix in enumerate(stacks):
+            matrix.grad = gradients[names[0]][e]
+        expected[names[1]].grad = gradients[names[1]]
+        head.grad = gradients["output.weight"]
+        oracle.step()
+        adamw.step()
+        optimizer.accumulate()
+        optimizer.step(1e-2)
+    torch.testing.assert_close(optimizer.masters[names[0]], torch.stack(stacks))
+    torch.testing.assert_close(optimizer.masters[names[1]], expected[names[1]])
+    torch.testing.assert_close(optimizer.masters["output.weight"], head, atol=2e-5, rtol=1e-5)
+
+
 def test_small_updates_survive_in_bf16() -> None:
     """An update below bf16's resolution is lost in the weight, but not in its master."""
     model = make_model().to(torch.bfloat16)
-    optimizer = MasterAdamW(model, OptimizerConfig(weight_decay=0.0))
+    optimizer = MasterOptimizer(model, OptimizerConfig(weight_decay=0.0))
     before = optimizer.masters["output.weight"].clone()
     for _ in range(4):
         add_gradients(model, seed=0)
@@ -52,7 +80,7 @@ def test_small_updates_survive_in_bf16() -> None:
 
 def test_gradients_of_several_batches_add_up_in_fp32() -> None:
     model = make_model()
-    optimizer = MasterAdamW(model, OptimizerConfig(max_grad_norm=1e9))
+    optimizer = MasterOptimizer(model, OptimizerConfig(max_grad_norm=1e9))
     reference = copy.deepcopy(model)
     for seed in range(3):
         add_gradients(model, seed=seed)
@@ -65,7 +93,7 @@ def test_gradients_of_several_batches_add_up_in_fp32() -> None:
 
 def test_clipping_returns_the_norm_before() -> None:
     model = make_model()
-    optimizer = MasterAdamW(model, OptimizerConfig(max_grad_norm=1e-3))
+    optimizer = MasterOptimizer(model, OptimizerConfig(max_grad_norm=1e-3))
     add_gradients(model, seed=0)
     optimizer.accumulate()
     before = optimizer.average(1, step=1)
@@ -77,7 +105,7 @@ def test_clipping_returns_the_norm_before() -> None:
 def test_a_gradient_that_is_not_finite_is_named(value: float) -> None:
     """T04."""
     model = make_model()
-    optimizer = MasterAdamW(model, OptimizerConfig())
+    optimizer = MasterOptimizer(model, OptimizerConfig())
     add_gradients(model, seed=0)
     model.layers[1].attention.wk.weight.grad[0, 0] = value
     optimizer.accumulate()
@@ -102,7 +130,9 @@ def test_schedules() -> None:
     assert rates[100] == 0.0
 
 
-@pytest.mark.parametrize("changes", [{"lr": 0.0}, {"schedule": "linear"}, {"decay_ratio": 2.0}])
+@pytest.mark.parametrize(
+    "changes", [{"lr": 0.0}, {"schedule": "linear"}, {"decay_ratio": 2.0}, {"kind": "sgd"}]
+)
 def test_bad_settings_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         OptimizerConfig(**changes)

