@@ -119,7 +119,10 @@ class Contender:
     def step(self) -> None:
         """One timed update."""
         self.pipe.send_bytes(b"step")
-        seconds, loss = self.pipe.recv()
+        try:
+            seconds, loss = self.pipe.recv()
+        except EOFError:
+            raise SystemExit(f"{self.name}: the process ended; see its message above") from None
         self.seconds.append(seconds)
         self.losses.append(loss)
 
@@ -138,6 +141,7 @@ def start_contenders(folder: Path, batches: list[PackedBatch]) -> Iterator[list[
         ours, theirs = context.Pipe()
         process = context.Process(target=serve_steps, args=(name, folder, batches, theirs))
         process.start()
+        theirs.close()  # so that the end of the process is the end of the pipe
         processes.append(process)
         contenders.append(Contender(name, ours))
     try:
@@ -177,6 +181,8 @@ def main() -> None:
     parser.add_argument("--preset", default="tramontane-23m")
     parser.add_argument("--text", nargs="+", default=[str(STORIES)], metavar="FILE")
     arguments = parser.parse_args()
+    if arguments.steps <= WARMUP_STEPS:
+        parser.error(f"--steps must be above {WARMUP_STEPS}, the steps that are not timed")
     config = get_preset(arguments.preset)
     batches = read_batches(arguments.text, arguments.steps)
     rates = []

@@ -33,7 +33,7 @@ fi
 train() {
     local out=$RUNS/$1 resume=()
     [ -d "$out/model" ] && return
-    [ -n "$(ls -A "$out/checkpoints" 2>/dev/null)" ] && resume=(--resume)
+    compgen -G "$out/checkpoints/step-*" > /dev/null && resume=(--resume)
     "$BIN/tramontane" train recipes/pretrain.toml --data-dir "$DATA" --model "$2" --out "$out" \
         --steps "$STEPS" "${flags[@]}" "${resume[@]}" "${@:3}"
 }
@@ -52,6 +52,8 @@ if [ "${1:-}" = --smoke ]; then
     echo "Once upon a time" | "$BIN/tramontane" run "$RUNS/$MOE/model" --max-tokens 20
     echo "smoke run done"
 else
-    cp "$RUNS/$MOE/model"/* tramontane/assets/
+    # Whole or not at all: a model that is running keeps the file it has mapped.
+    rm -rf tramontane/.assets-new && cp -r "$RUNS/$MOE/model" tramontane/.assets-new
+    rm -rf tramontane/assets && mv tramontane/.assets-new tramontane/assets
     echo "the bundled model is in tramontane/assets/"
 fi

@@ -74,11 +74,11 @@ A Mixtral of {config.moe.num_experts} experts, of which each token uses
 writes simple English stories, and knows a little of 17 other domains, so that routing can be
 studied. It is no source of facts, has not been aligned, and repeats what old books say of people.
 
-Trained from random weights by `recipes/pretrain.sh`: {steps:,} steps, {tokens:,} tokens seen
+Trained from random weights by `recipes/pretrain.toml`: {steps:,} steps, {tokens:,} tokens seen
 (texts of the small domains several times), batches of {settings["batch_size"]} x
-{settings["seq_len"]}, {optimizer["kind"]} at {optimizer["lr"]:g} ({optimizer["schedule"]}), load-balancing loss
-{settings["loop"]["load_balancing_coef"]:g}, {settings["dtype"]} computation with fp32 master
-weights. {describe_baseline(dense)}
+{settings["seq_len"]}, {optimizer.get("kind", "adamw")} at {optimizer["lr"]:g}
+({optimizer["schedule"]}), load-balancing loss {settings["loop"]["load_balancing_coef"]:g},
+{settings["dtype"]} computation with fp32 master weights. {describe_baseline(dense)}
 
 The file is an ordinary Hugging Face folder: `AutoModelForCausalLM.from_pretrained` reads it.
 """

@@ -116,10 +116,13 @@ def _temporary_path(target: Path, bytes_needed: int) -> Iterator[Path]:
         finally:
             _remove(temporary)
     except OSError as error:
-        raise _explain(error, target, bytes_needed) from error
+        raise explain_os_error(error, target, bytes_needed=bytes_needed) from error
 
 
-def _explain(error: OSError, target: Path, bytes_needed: int) -> CapacityError | StorageError:
+def explain_os_error(
+    error: OSError, target: Path, *, bytes_needed: int = 0
+) -> CapacityError | StorageError:
+    """What to raise when writing to `target` fails: CapacityError for a full disk."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(f"{target} cannot be written: {error}")
     needed = f"{bytes_needed:,} bytes needed, " if bytes_needed else ""

@@ -13,7 +13,6 @@ from tramontane.cli.main import run_command
 def corpus(tmp_path: Path) -> Path:
     path = tmp_path / "tales.jsonl"
     records = [{"text": f"The cat number {i} sat.", "split": "valid"} for i in range(5)]
-    records += [{"text": "A dog ran.", "split": "train"}]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
@@ -31,6 +30,16 @@ def test_scores_each_domain(
     assert all(sum(layer["shares"]) == pytest.approx(1.0) for layer in tales["layers"])
     assert run_command(arguments) == 0
     assert f"{tales['bits_per_byte']:.4f} bits per byte" in capsys.readouterr().out
+
+
+def test_a_context_that_the_model_lacks_is_refused(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    for length in ("0", "257"):
+        arguments = ["perplexity", str(folder), "--source", str(corpus), "--seq-len", length]
+        assert run_command(arguments) == 1
+        assert f"--seq-len is {length}" in capsys.readouterr().err
 
 
 def test_a_missing_text_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -206,9 +206,41 @@ def test_changed_configuration_is_listed_and_refused(tmp_path: Path) -> None:
         folder.start({"lr": 1, "model": {"dim": 64}, "sources": ["a"]})
     changed = {"lr": 2, "model": {"dim": 128}, "sources": ["a"]}
     with pytest.raises(ConfigError, match=r"lr: 1 -> 2; model\.dim: 64 -> 128"):
-        folder.continue_with(changed, override=False)
-    folder.continue_with(changed, override=True)
-    folder.continue_with(changed, override=False)
+        folder.compare(changed)
+    folder.write_config(changed)
+    folder.compare(changed)
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "progress.json"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str) -> None:
+    make_trainer(tmp_path, steps=2).run()
+    path = tmp_path / "checkpoints" / "step-2" / name
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match=f"{name} is damaged .*checkpoint before it"):
+        make_trainer(tmp_path).resume()
+
+
+def test_nan_in_a_checkpoint_is_named(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, steps=2, loop={"save_every": 0})
+    trainer.run()
+    trainer.optimizer.masters["norm.weight"][3] = float("nan")
+    trainer.save()
+    with pytest.raises(CheckpointError, match=r"master\.norm\.weight holds NaN"):
+        make_trainer(tmp_path).resume()
+
+
+def test_full_disk_while_logging_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T03."""
+    trainer = make_trainer(tmp_path)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("json.dumps", fail)
+    with pytest.raises(CapacityError, match=r"log\.jsonl: the disk is full"):
+        trainer.folder.log({"step": 1})
 
 
 def test_a_run_is_not_started_over(tmp_path: Path) -> None:

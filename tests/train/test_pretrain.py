@@ -136,6 +136,9 @@ def test_config_file_and_flags(tmp_path: Path) -> None:
         ('[model]\npreset = "gpt"', "no preset named 'gpt'"),
         ("seq_len = 4096", "seq_len is 4096, above"),
         ('dtype = "float16"', "dtype is 'float16'"),
+        ('optimizer = "muon"', r"optimizer is 'muon'; write a table, \[optimizer\]"),
+        ("[optimizer]\nmax_grad_norm = -1.0", "max_grad_norm is -1.0"),
+        ("[optimizer]\nbetas = [0.9]", "betas is"),
     ],
 )
 def test_bad_config_files_are_explained(tmp_path: Path, text: str, message: str) -> None:

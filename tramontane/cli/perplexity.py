@@ -46,16 +46,21 @@ def perplexity(
     from tramontane.data.sources import parse_source
     from tramontane.data.token_files import prepare_token_files
     from tramontane.engine.llm import LLM
+    from tramontane.errors import ConfigError
     from tramontane.train.held_out import measure_held_out
 
     llm = LLM(model, dtype=torch.float32)
+    length = llm.config.max_seq_len if seq_len is None else seq_len
+    if not 1 <= length <= llm.config.max_seq_len:
+        raise ConfigError(
+            f"--seq-len is {length}; it must be from 1 to the model's context, "
+            f"{llm.config.max_seq_len}"
+        )
     parsed = [replace(s, path=str(data_dir / s.path)) for s in map(parse_source, source)]
     with tempfile.TemporaryDirectory() as folder:
-        prepared = prepare_token_files(parsed, llm.tokenizer, folder)
-        files = {domain: file for (domain, split), file in prepared.items() if split == "valid"}
-        scores = measure_held_out(
-            llm.model, files, seq_len=seq_len or llm.config.max_seq_len, max_tokens=max_tokens
-        )
+        prepared = prepare_token_files(parsed, llm.tokenizer, folder, splits=("valid",))
+        files = {domain: file for (domain, _), file in prepared.items()}
+        scores = measure_held_out(llm.model, files, seq_len=length, max_tokens=max_tokens)
     mean = sum(score.bits_per_byte for score in scores.values()) / len(scores)
     if json:
         print(dumps({"mean": mean, "domains": {d: asdict(s) for d, s in scores.items()}}))

@@ -60,15 +60,18 @@ class TokenFile:
 
 
 def prepare_token_files(
-    sources: Sequence[Source], tokenizer: Tokenizer, folder: str | Path
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    *,
+    splits: Sequence[Split] = ("train", "valid"),
 ) -> dict[tuple[str, Split], TokenFile]:
-    """Encodes what `folder` does not hold yet, and opens both splits of every source's domain.
+    """Encodes what `folder` does not hold yet, and opens these splits of every source's domain.
 
     Raises ConfigError (two sources of one domain), DataError (a source cannot be read or has an
     empty split; a token file is damaged or cannot be written), CapacityError (the disk is full).
     """
     require_distinct_domains(sources)
-    splits: tuple[Split, ...] = ("train", "valid")
     files = {}
     for source in sources:
         fingerprint = _compute_fingerprint(source, tokenizer)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tramontane.config import ModelConfig, MoeConfig
-from tramontane.kernels.reference import top_k_routing
+from tramontane.kernels.dispatch import get_kernels
 
 
 class Routing(NamedTuple):
@@ -30,4 +30,5 @@ class TopKRouter(nn.Module):
     def forward(self, x: Tensor) -> Routing:
         """x (T, D) -> Routing."""
         logits = F.linear(x, self.weight).float()  # (T, E)
-        return Routing(*top_k_routing(logits, self.num_experts_per_tok), logits)
+        weights, experts = get_kernels().top_k_routing(logits, self.num_experts_per_tok)
+        return Routing(weights, experts, logits)

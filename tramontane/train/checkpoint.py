@@ -15,13 +15,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from tramontane.atomic import atomic_file, atomic_folder, remove_interrupted_saves
+from tramontane.atomic import (
+    atomic_file,
+    atomic_folder,
+    explain_os_error,
+    remove_interrupted_saves,
+)
 from tramontane.errors import CheckpointError, ConfigError, TrainingError
 from tramontane.train.optim import MasterOptimizer
 
 _TENSORS, _PROGRESS = "optimizer.safetensors", "progress.json"
+_REMEDY = "remove its folder to resume from the checkpoint before it, if there is one"
 
 
 class RunFolder:
@@ -34,9 +43,16 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes out. Raises TrainingError that names the process already here."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "lock", "a+") as file:
+        """Keep other processes out. Raises TrainingError that names the process already here.
+
+        Raises StorageError if the folder cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "lock").touch()
+        except OSError as error:
+            raise explain_os_error(error, self.path) from error
+        with open(self.path / "lock", "r+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -57,28 +73,33 @@ class RunFolder:
                 f"{self.path} already holds a run: go on with --resume, or choose another --out"
             )
         self.log_path.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
-        self._write_config(config)
+        self.write_config(config)
 
-    def continue_with(self, config: dict[str, Any], *, override: bool) -> None:
-        """Compare `config` with that of the run.
+    def compare(self, config: dict[str, Any]) -> None:
+        """Raise ConfigError that lists the fields in which `config` differs from that of the run.
 
-        Raises ConfigError that lists the fields that differ, unless `override` is set.
+        Raises CheckpointError if there is no run here.
         """
-        saved = json.loads((self.path / "config.json").read_text())
-        old, new = _flatten(saved), _flatten(config)
+        path = self.path / "config.json"
+        if not path.is_file():
+            raise CheckpointError(
+                f"{self.path} holds no run to resume (no config.json); check --out, or start "
+                "without --resume"
+            )
+        old, new = _flatten(_read_json(path)), _flatten(config)
         changes = [
             f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
             for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key)
         ]
-        if changes and not override:
+        if changes:
             raise ConfigError(
                 f"{self.path} was started with another configuration ({'; '.join(changes)}); "
                 "go on with the same one, or say --override"
             )
-        self._write_config(config)
 
-    def _write_config(self, config: dict[str, Any]) -> None:
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Keep what the run is asked for from now on."""
         with atomic_file(self.path / "config.json") as path:
             path.write_text(json.dumps(config, indent=2) + "\n")
 
@@ -114,7 +135,7 @@ class RunFolder:
             raise CheckpointError(
                 f"{self._checkpoints} holds no checkpoint to resume from; start without --resume"
             )
-        tensors = load_file(checkpoints[-1] / _TENSORS)
+        tensors, progress = _read_checkpoint(checkpoints[-1])
         expected = optimizer.state_tensors()
         differing = [
             name
@@ -127,16 +148,18 @@ class RunFolder:
                 f"{checkpoints[-1]} does not fit the model: {differing[0]} is missing or has "
                 f"another shape ({len(differing)} such); resume with the configuration of the run"
             )
-        progress: dict[str, Any] = json.loads((checkpoints[-1] / _PROGRESS).read_text())
         optimizer.load_state_tensors(tensors, num_steps=progress["step"])
         self._forget_after(progress["step"])
         return progress
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append one line to the log."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.log_path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        """Append one line to the log. Raises CapacityError or StorageError."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with open(self.log_path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise explain_os_error(error, self.log_path) from error
 
     def _forget_after(self, step: int) -> None:
         if not self.log_path.exists():
@@ -145,6 +168,30 @@ class RunFolder:
         whole = [line for line in lines if line.endswith("\n")]
         with atomic_file(self.log_path) as path:
             path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+
+
+def _read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and progress. Raises CheckpointError that names the file and the remedy."""
+    path = folder / _TENSORS
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); {_REMEDY}") from error
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: {name} holds NaN or infinity; {_REMEDY}")
+    progress = _read_json(folder / _PROGRESS)
+    if missing := {"step", "units_seen", "source"} - progress.keys():
+        raise CheckpointError(f"{folder / _PROGRESS} lacks {sorted(missing)}; {_REMEDY}")
+    return tensors, progress
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); {_REMEDY}") from error
+    return values
 
 
 def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:

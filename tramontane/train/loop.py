@@ -175,6 +175,8 @@ class Trainer(Generic[BatchT]):
         return dict(zip(("loss", "load_balancing", "router_z"), values, strict=True))
 
     def _run_periodic(self) -> None:
+        if self._is_due(self.config.save_every):  # first: what follows may fail
+            self.save()
         is_last = self.step == self.config.num_steps and self.config.eval_every > 0
         if self.evaluate and (self._is_due(self.config.eval_every) or is_last):
             scores = self.evaluate(self.model)
@@ -185,8 +187,6 @@ class Trainer(Generic[BatchT]):
             text = self.sample(self.model)
             self.folder.log({"step": self.step, "sample": text})
             self.observer.on_note(f"step {self.step} sample: {text}")
-        if self._is_due(self.config.save_every):
-            self.save()
 
     def _is_due(self, interval: int) -> bool:
         return interval > 0 and self.step % interval == 0

@@ -36,6 +36,12 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if not self.lr > 0:
             raise ConfigError(f"optimizer.lr is {self.lr}; it must be above zero")
+        for name in ("eps", "max_grad_norm", "min_lr_ratio", "weight_decay", "warmup_steps"):
+            value = getattr(self, name)
+            if not value >= 0 or (value == 0 and name in ("eps", "max_grad_norm")):
+                raise ConfigError(f"optimizer.{name} is {value}; it must be above zero")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optimizer.betas is {self.betas}; it must be two numbers in [0, 1)")
         if self.kind not in ("adamw", "muon"):
             raise ConfigError(f"optimizer.kind is {self.kind!r}; choose adamw or muon")
         if self.schedule not in ("cosine", "wsd"):

@@ -6,6 +6,7 @@ OUT/model/       the model after the last step
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -48,11 +49,13 @@ def pretrain(
     Raises ConfigError, DataError, TrainingError, CapacityError; finished work stays on disk.
     """
     folder = RunFolder(config.out)
+    if resume and not override:
+        folder.compare(asdict(config))
     with folder.lock():
-        if resume:
-            folder.continue_with(asdict(config), override=override)
-        else:
+        if not resume:
             folder.start(asdict(config))
+            _remove_tokenizer(folder)
+        observer.on_note(f"configuration: {json.dumps(asdict(config))}")
         tokenizer = _prepare_tokenizer(config, folder.path / "tokenizer", observer)
         files = prepare_token_files(config.parse_sources(), tokenizer, folder.path / "tokens")
         trainer = _build_trainer(config, folder, observer, files=files)
@@ -60,10 +63,17 @@ def pretrain(
             trainer.sample = lambda model: sample(model, tokenizer)
         if resume:
             trainer.resume()
+            folder.write_config(asdict(config))
         if not trainer.run():
             observer.on_note(f"stopped after step {trainer.step}; go on with --resume")
             return None
         return _export(trainer, tokenizer, folder.path / "model")
+
+
+def _remove_tokenizer(folder: RunFolder) -> None:
+    """That of a run that ended before its first checkpoint: it may come from other text."""
+    if (folder.path / "tokenizer").exists():
+        shutil.rmtree(folder.path / "tokenizer")
 
 
 def _prepare_tokenizer(config: PretrainConfig, folder: Path, observer: Observer) -> Tokenizer:

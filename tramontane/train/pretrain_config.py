@@ -56,6 +56,11 @@ def load_pretrain_config(path: Path | None, changes: dict[str, Any]) -> Pretrain
     `vocab_size` may stand at the top, where it becomes the model's. Raises ConfigError.
     """
     values = _merge(_read_toml(path) if path else {}, changes)
+    for table in ("model", "loop", "optimizer"):
+        if not isinstance(values.get(table, {}), dict):
+            raise ConfigError(f"{table} is {values[table]!r}; write a table, [{table}]")
+    if not isinstance(values.get("sources", []), list | tuple):
+        raise ConfigError(f"sources is {values['sources']!r}; write a list of texts")
     vocab_size = values.pop("vocab_size", None)
     values["model"] = _build_model_config(values.get("model", {}), vocab_size)
     values["loop"] = build_config(LoopConfig, values.get("loop", {}), where="[loop]")

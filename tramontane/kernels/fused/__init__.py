@@ -8,6 +8,7 @@ from tramontane.kernels.fused.attention import causal_attention, packed_attentio
 from tramontane.kernels.fused.cross_entropy import linear_cross_entropy
 from tramontane.kernels.fused.elementwise import rms_norm, rotate
 from tramontane.kernels.fused.experts import moe_experts
+from tramontane.kernels.reference import top_k_routing  # short already
 
 __all__ = [
     "causal_attention",
@@ -16,4 +17,5 @@ __all__ = [
     "packed_attention",
     "rms_norm",
     "rotate",
+    "top_k_routing",
 ]
