@@ -7,6 +7,7 @@ python recipes/write_card.py RUN [DENSE_RUN], each with model/, config.json, log
 import json
 import sys
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from tramontane import LLM, SamplingParams
@@ -60,13 +61,11 @@ def describe(run: Path, dense: Path | None) -> str:
     steps, tokens = count_tokens_seen(run)
     assert config.moe is not None
     optimizer = settings["optimizer"]
-    return f"""---
-license: other
-language: [en, fr, de, it, es]
-pipeline_tag: text-generation
----
-# The bundled model of tramontane
-
+    head = (
+        "---\nlicense: other\nlanguage: [en, fr, de, it, es]\npipeline_tag: text-generation\n---\n"
+        "# The bundled model of tramontane\n"
+    )
+    text = f"""
 A Mixtral of {config.moe.num_experts} experts, of which each token uses
 {config.moe.num_experts_per_tok}: {count.total:,} parameters, {count.active:,} active per token.
 {config.n_layers} layers, dim {config.dim}, hidden {config.hidden_dim}, {config.n_heads} heads over
@@ -80,8 +79,9 @@ Trained from random weights by `recipes/pretrain.toml`: {steps:,} steps, {tokens
 ({optimizer["schedule"]}), load-balancing loss {settings["loop"]["load_balancing_coef"]:g},
 {settings["dtype"]} computation with fp32 master weights. {describe_baseline(dense)}
 
-The file is an ordinary Hugging Face folder: `AutoModelForCausalLM.from_pretrained` reads it.
-"""
+The file is an ordinary Hugging Face folder: `AutoModelForCausalLM.from_pretrained` reads it."""
+    paragraphs = (" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n"))
+    return head + "\n" + "\n\n".join(fill(p, width=100) for p in paragraphs) + "\n"
 
 
 def describe_baseline(dense: Path | None) -> str:
@@ -90,7 +90,7 @@ def describe_baseline(dense: Path | None) -> str:
         return "No dense baseline has been trained on these tokens yet."
     count, tokens = read_config(dense).count_parameters(), count_tokens_seen(dense)[1]
     return (
-        f"The dense baseline has {count.active:,} parameters,\nall active, and saw {tokens:,} "
+        f"The dense baseline has {count.active:,} parameters, all active, and saw {tokens:,} "
         "tokens in the same order."
     )
 
