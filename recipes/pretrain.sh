@@ -5,10 +5,10 @@
 #   recipes/pretrain.sh            hours on two cores; run it again to go on after an interruption
 #   recipes/pretrain.sh --smoke    the same line at toy size, in under two minutes; assets stay
 #
-# DATA=../shared/data/pretrain   RUNS=runs   STEPS=6000   BIN=.venv/bin
+# DATA=../shared/data/pretrain   RUNS=runs   STEPS=12000   BIN=.venv/bin
 set -euo pipefail
 cd "$(dirname "$0")/.."
-DATA=${DATA:-../shared/data/pretrain} RUNS=${RUNS:-runs} STEPS=${STEPS:-6000} BIN=${BIN:-.venv/bin}
+DATA=${DATA:-../shared/data/pretrain} RUNS=${RUNS:-runs} STEPS=${STEPS:-12000} BIN=${BIN:-.venv/bin}
 MOE=tramontane-23m DENSE=tramontane-9m-dense
 
 fail() { echo "pretrain.sh: $*" >&2; exit 1; }
