@@ -33,7 +33,7 @@ from tramontane.data.token_files import prepare_token_files
 from tramontane.models.transformer import build_model
 from tramontane.tokenizer.tokenizer import Tokenizer
 from tramontane.train.initialization import initialize_weights
-from tramontane.train.losses import compute_load_balancing, compute_next_token_loss
+from tramontane.train.losses import compute_load_balancing_loss, compute_next_token_loss
 from tramontane.train.memory import keep_compiled_products, keep_freed_memory
 from tramontane.train.optim import MasterOptimizer, OptimizerConfig
 
@@ -55,7 +55,7 @@ def prepare_ours(folder: Path, dtype: torch.dtype) -> tuple[MasterOptimizer, Bac
     def backward(batch: PackedBatch) -> float:
         terms = compute_next_token_loss(model, batch)
         loss = terms.objective / terms.num_units
-        (loss + BALANCING * compute_load_balancing(terms.routing)).backward()
+        (loss + BALANCING * compute_load_balancing_loss(terms.routing)).backward()
         return loss.item()
 
     return optimizer, backward

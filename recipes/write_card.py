@@ -51,8 +51,8 @@ def read_config(run: Path) -> ModelConfig:
 def count_tokens_seen(run: Path) -> tuple[int, int]:
     """Steps and tokens at the last report."""
     lines = (run / "log.jsonl").read_text().splitlines()
-    last = [record for record in map(json.loads, lines) if "units_seen" in record][-1]
-    return last["step"], last["units_seen"]
+    last = [record for record in map(json.loads, lines) if "num_units_seen" in record][-1]
+    return last["step"], last["num_units_seen"]
 
 
 def describe(run: Path, dense: Path | None) -> str:

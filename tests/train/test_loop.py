@@ -138,7 +138,7 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path: Path) -> None:
         )
     (ours,), (theirs,) = many.observer.reports, one.observer.reports
     assert ours.loss == pytest.approx(theirs.loss, abs=1e-6)
-    assert ours.units == theirs.units == sum((16, 17, 18, 16))
+    assert ours.num_units == theirs.num_units == sum((16, 17, 18, 16))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

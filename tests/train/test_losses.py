@@ -10,9 +10,9 @@ from tramontane.data.packing import PackedBatch
 from tramontane.kernels.reference import top_k_routing
 from tramontane.nn.router import Routing
 from tramontane.train.losses import (
-    compute_load_balancing,
+    compute_load_balancing_loss,
     compute_next_token_loss,
-    compute_router_z,
+    compute_router_z_loss,
 )
 
 
@@ -23,7 +23,7 @@ def make_routing(logits: torch.Tensor, *, num_experts_per_tok: int = 2) -> Routi
 def test_one_layer_equals_transformers() -> None:
     logits = torch.randn(37, 8, generator=torch.Generator().manual_seed(0))
     expected = load_balancing_loss_func((logits,), num_experts=8, top_k=2)
-    torch.testing.assert_close(compute_load_balancing([make_routing(logits)]), expected)
+    torch.testing.assert_close(compute_load_balancing_loss([make_routing(logits)]), expected)
 
 
 def test_layers_are_not_pooled() -> None:
@@ -32,13 +32,13 @@ def test_layers_are_not_pooled() -> None:
     second = first.clone()
     first[:, :2], second[:, 2:] = 20.0, 20.0
     assert load_balancing_loss_func((first, second), num_experts=4, top_k=2) == pytest.approx(2.0)
-    both = compute_load_balancing([make_routing(first), make_routing(second)])
+    both = compute_load_balancing_loss([make_routing(first), make_routing(second)])
     assert both.item() == pytest.approx(4.0)
 
 
 def test_balanced_routing_gives_k() -> None:
     logits = 5.0 * torch.eye(8).roll(1, 1) + 5.0 * torch.eye(8)
-    assert compute_load_balancing([make_routing(logits)]).item() == pytest.approx(2.0)
+    assert compute_load_balancing_loss([make_routing(logits)]).item() == pytest.approx(2.0)
 
 
 def test_gradient_of_balancing_equals_finite_differences() -> None:
@@ -47,7 +47,7 @@ def test_gradient_of_balancing_equals_finite_differences() -> None:
     experts = make_routing(logits).experts
 
     def balance(x: torch.Tensor) -> torch.Tensor:
-        return compute_load_balancing([Routing(torch.empty(0), experts, x)])
+        return compute_load_balancing_loss([Routing(torch.empty(0), experts, x)])
 
     assert torch.autograd.gradcheck(balance, (logits.requires_grad_(),))
 
@@ -55,12 +55,12 @@ def test_gradient_of_balancing_equals_finite_differences() -> None:
 def test_router_z_is_the_mean_squared_logsumexp() -> None:
     logits = torch.tensor([[0.0, 0.0], [1.0, 3.0]])
     values = np.array([np.log(2), np.log(np.e + np.e**3)])
-    assert compute_router_z([make_routing(logits)]).item() == pytest.approx((values**2).mean())
+    assert compute_router_z_loss([make_routing(logits)]).item() == pytest.approx((values**2).mean())
 
 
 def test_dense_models_have_no_router_terms() -> None:
-    assert compute_load_balancing(()) == 0
-    assert compute_router_z(()) == 0
+    assert compute_load_balancing_loss(()) == 0
+    assert compute_router_z_loss(()) == 0
 
 
 def test_objective_is_the_sum_over_counted_targets() -> None:

@@ -181,7 +181,7 @@ def _read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: {name} holds NaN or infinity; {_REMEDY}")
     progress = _read_json(folder / _PROGRESS)
-    if missing := {"step", "units_seen", "source"} - progress.keys():
+    if missing := {"step", "num_units_seen", "source"} - progress.keys():
         raise CheckpointError(f"{folder / _PROGRESS} lacks {sorted(missing)}; {_REMEDY}")
     return tensors, progress
 

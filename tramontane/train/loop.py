@@ -17,7 +17,7 @@ from tramontane.config import require_positive
 from tramontane.errors import TrainingError
 from tramontane.models.transformer import Transformer
 from tramontane.train.checkpoint import RunFolder
-from tramontane.train.losses import LossTerms, compute_load_balancing, compute_router_z
+from tramontane.train.losses import LossTerms, compute_load_balancing_loss, compute_router_z_loss
 from tramontane.train.optim import MasterOptimizer, compute_lr
 from tramontane.train.router_health import RouterHealth
 
@@ -65,11 +65,11 @@ class StepReport:
 
     step: int
     loss: float
-    load_balancing: float
-    router_z: float
+    load_balancing_loss: float
+    router_z_loss: float
     grad_norm: float
     lr: float
-    units: int
+    num_units: int
     seconds: float
 
 
@@ -99,12 +99,12 @@ class Trainer(Generic[BatchT]):
     evaluate: Callable[[Transformer], dict[str, float]] | None = None
     sample: Callable[[Transformer], str] | None = None
     step: int = 0
-    units_seen: int = 0
+    num_units_seen: int = 0
 
     def resume(self) -> None:
         """Go back to the newest checkpoint of the folder."""
         progress = self.folder.load(self.optimizer)
-        self.step, self.units_seen = progress["step"], progress["units_seen"]
+        self.step, self.num_units_seen = progress["step"], progress["num_units_seen"]
         self.source.load_state(progress["source"])
         self.observer.on_note(f"resumed after step {self.step} of {self.config.num_steps}")
 
@@ -131,36 +131,41 @@ class Trainer(Generic[BatchT]):
         """Write a checkpoint of this moment."""
         progress = {
             "step": self.step,
-            "units_seen": self.units_seen,
+            "num_units_seen": self.num_units_seen,
             "source": self.source.state(),
         }
         self.folder.save(self.optimizer, progress, keep=self.config.keep_checkpoints)
 
     def _run_step(self, health: RouterHealth) -> StepReport:
         started = time.perf_counter()
-        sums = {"loss": 0.0, "load_balancing": 0.0, "router_z": 0.0}
-        units = 0
+        sums = {"loss": 0.0, "load_balancing_loss": 0.0, "router_z_loss": 0.0}
+        num_units = 0
         for _ in range(self.config.accumulation):
             terms = self.compute_loss(self.model, self.source.next_batch())
-            units += terms.num_units
+            num_units += terms.num_units
             for name, value in self._backward(terms).items():
                 sums[name] += value
             health.add(terms.routing)
-        grad_norm = self.optimizer.average(max(1, units), step=self.step + 1)
+        grad_norm = self.optimizer.average(max(1, num_units), step=self.step + 1)
         lr = compute_lr(self.step, num_steps=self.config.num_steps, config=self.optimizer.config)
         self.optimizer.step(lr)
         self.step += 1
-        self.units_seen += units
-        means = {name: value / max(1, units) for name, value in sums.items()}
+        self.num_units_seen += num_units
+        means = {name: value / max(1, num_units) for name, value in sums.items()}
         seconds = time.perf_counter() - started
         return StepReport(
-            step=self.step, grad_norm=grad_norm, lr=lr, units=units, seconds=seconds, **means
+            step=self.step,
+            grad_norm=grad_norm,
+            lr=lr,
+            num_units=num_units,
+            seconds=seconds,
+            **means,
         )
 
     def _backward(self, terms: LossTerms) -> dict[str, float]:
         """Gradients of objective + num_units * router terms: batches weigh by their units."""
-        balancing = compute_load_balancing(terms.routing) * terms.num_units
-        router_z = compute_router_z(terms.routing) * terms.num_units
+        balancing = compute_load_balancing_loss(terms.routing) * terms.num_units
+        router_z = compute_router_z_loss(terms.routing) * terms.num_units
         total = terms.objective + self.config.load_balancing_coef * balancing
         total = total + self.config.router_z_coef * router_z
         if not torch.isfinite(total):
@@ -172,7 +177,7 @@ class Trainer(Generic[BatchT]):
         total.backward()
         self.optimizer.accumulate()
         values = (terms.objective.item(), balancing.item(), router_z.item())
-        return dict(zip(("loss", "load_balancing", "router_z"), values, strict=True))
+        return dict(zip(("loss", "load_balancing_loss", "router_z_loss"), values, strict=True))
 
     def _run_periodic(self) -> None:
         if self._is_due(self.config.save_every):  # first: what follows may fail
@@ -195,7 +200,7 @@ class Trainer(Generic[BatchT]):
         layers = health.layers()
         self.folder.log(
             vars(report)
-            | {"units_seen": self.units_seen}
+            | {"num_units_seen": self.num_units_seen}
             | {"expert_load": [[round(s, 4) for s in layer.shares] for layer in layers]}
             | {"load_entropy": [round(layer.entropy, 4) for layer in layers]}
         )

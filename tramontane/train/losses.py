@@ -34,7 +34,7 @@ def compute_next_token_loss(model: Transformer, batch: PackedBatch) -> LossTerms
     return LossTerms(objective, int((batch.targets != -100).sum()), routing)
 
 
-def compute_load_balancing(routing: Sequence[Routing]) -> Tensor:
+def compute_load_balancing_loss(routing: Sequence[Routing]) -> Tensor:
     """Mean over layers of E * sum_e f_e P_e; zero for a dense model.
 
     f_e is the number of slots that expert e takes per token, P_e its mean softmax probability. Each
@@ -52,7 +52,7 @@ def _balance_layer(routing: Routing) -> Tensor:
     return num_experts * (slots * probability).sum()
 
 
-def compute_router_z(routing: Sequence[Routing]) -> Tensor:
+def compute_router_z_loss(routing: Sequence[Routing]) -> Tensor:
     """Mean over layers and tokens of logsumexp(logits)^2 (ST-MoE, arXiv:2202.08906)."""
     terms = [torch.logsumexp(layer.logits, dim=-1).pow(2).mean() for layer in routing]
     return torch.stack(terms).mean() if terms else torch.zeros(())

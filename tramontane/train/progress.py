@@ -46,7 +46,8 @@ class ProgressPrinter:
         self._recent.append(report)
         loss = statistics.fmean(step.loss for step in self._recent)
         seconds = statistics.median(step.seconds for step in self._recent)  # the first is slow
-        text = f"loss {loss:.3f}  {report.units / seconds:,.0f} tok/s  {_peak_memory_gib():.1f} GiB"
+        rate = report.num_units / seconds
+        text = f"loss {loss:.3f}  {rate:,.0f} tok/s  {_peak_memory_gib():.1f} GiB"
         self._bar.update(self._task, completed=report.step, total=num_steps, description=text)
         if self._bar.disable and report.step % self._print_every == 0:
             left = (num_steps - report.step) * seconds / 60
