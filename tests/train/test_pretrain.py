@@ -13,7 +13,7 @@ import torch
 from tests.tiny import make_config, make_model
 from tramontane.checkpoint.loader import load_model
 from tramontane.data.token_files import TokenFile
-from tramontane.errors import ConfigError, DataError
+from tramontane.errors import CheckpointError, ConfigError, DataError
 from tramontane.tokenizer.tokenizer import Tokenizer
 from tramontane.train.held_out import measure_held_out
 from tramontane.train.initialization import initialize_weights
@@ -202,3 +202,56 @@ def test_an_unusable_device_is_named(settings: dict[str, Any]) -> None:
     config = load_pretrain_config(None, settings | {"device": "abacus"})
     with pytest.raises(ConfigError, match="device is 'abacus'"):
         pretrain(config, Recorder())
+
+
+def test_going_on_from_a_model(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Its weights, its tokenizer, its configuration, and its history, which grows by a stage."""
+    first = pretrain(load_pretrain_config(None, settings), Recorder())
+    assert first is not None
+    again = {key: value for key, value in settings.items() if key != "model"}
+    again |= {"init_from": str(first), "out": str(tmp_path / "again"), "seed": 2}
+    recorder = Recorder()
+    second = pretrain(load_pretrain_config(None, again), recorder)
+    assert second is not None
+    assert recorder.reports[0].loss < 5.0  # a random model has log(290) = 5.7
+    assert Tokenizer.from_folder(second).to_json() == Tokenizer.from_folder(first).to_json()
+    stages = json.loads((second / "training.json").read_text())["stages"]
+    assert [(stage["steps"], stage["seed"]) for stage in stages] == [(6, 1), (6, 2)]
+    assert stages[0] == json.loads((first / "training.json").read_text())["stages"][0]
+    assert stages[1]["tokens_per_step"] == 128
+    assert 0 < stages[1]["tokens"] <= 6 * 128
+
+
+def test_going_on_from_another_model_than_asked_for(settings: dict[str, Any]) -> None:
+    first = pretrain(load_pretrain_config(None, settings), Recorder())
+    settings["model"]["n_layers"] = 3
+    with pytest.raises(ConfigError, match=r"not the one asked for \(n_layers: 2 -> 3\)"):
+        load_pretrain_config(None, settings | {"init_from": str(first)})
+
+
+def test_a_damaged_history_is_named(settings: dict[str, Any], tmp_path: Path) -> None:
+    first = pretrain(load_pretrain_config(None, settings), Recorder())
+    assert first is not None
+    (first / "training.json").write_text("{}")
+    again = settings | {"init_from": str(first), "out": str(tmp_path / "again")}
+    with pytest.raises(CheckpointError, match=r"training\.json"):
+        pretrain(load_pretrain_config(None, again), Recorder())
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"avx512_bf16": False, "avx512_f": True}, "float32"),
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({"bf16": True}, "bfloat16"),
+    ],
+)
+def test_auto_dtype_follows_the_processor(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], flags: dict[str, bool], expected: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    settings |= {"dtype": "auto", "device": "cpu"}
+    settings["loop"] |= {"num_steps": 1, "eval_every": 0}
+    recorder = Recorder()
+    pretrain(load_pretrain_config(None, settings), recorder)
+    assert any(f"torch.{expected} computation" in note for note in recorder.notes)

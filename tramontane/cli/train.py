@@ -18,6 +18,7 @@ def train(
     data_dir: Path | None = None,
     out: Path | None = None,
     model: str | None = None,
+    init_from: Path | None = None,
     tokenizer: Path | None = None,
     vocab_size: int | None = None,
     steps: int | None = None,
@@ -30,7 +31,7 @@ def train(
     schedule: Literal["cosine", "wsd"] | None = None,
     decay_ratio: float | None = None,
     load_balancing_coef: float | None = None,
-    dtype: Literal["bfloat16", "float32"] | None = None,
+    dtype: Literal["auto", "bfloat16", "float32"] | None = None,
     device: str | None = None,
     seed: int | None = None,
     eval_every: int | None = None,
@@ -57,6 +58,8 @@ def train(
         Folder of the run: tokenizer, checkpoints, log, and the finished model.
     model
         A preset, such as tramontane-23m.
+    init_from
+        Folder of a model to go on from, with its tokenizer; the optimizer begins anew.
     tokenizer
         Folder with a tokenizer.json; without it a vocabulary is learnt from the sources.
     vocab_size
@@ -82,7 +85,8 @@ def train(
     load_balancing_coef
         Weight of the loss that keeps experts evenly used.
     dtype
-        Of the computation; master weights are always fp32.
+        Of the computation; master weights are always fp32. auto: bfloat16 where the processor has
+        instructions for it.
     device
         auto, cpu, cuda, cuda:1, ...
     seed
@@ -108,9 +112,10 @@ def train(
     from tramontane.train.progress import ProgressPrinter
 
     flags: dict[str, Any] = {
-        "sources": source, "data_dir": data_dir, "out": out, "tokenizer": tokenizer,
-        "vocab_size": vocab_size, "seq_len": seq_len, "batch_size": batch_size, "dtype": dtype,
-        "device": device, "seed": seed, "model": {"preset": model},
+        "sources": source, "data_dir": data_dir, "out": out, "init_from": init_from,
+        "tokenizer": tokenizer, "vocab_size": vocab_size, "seq_len": seq_len,
+        "batch_size": batch_size, "dtype": dtype, "device": device, "seed": seed,
+        "model": {"preset": model},
         "loop": {
             "num_steps": steps, "accumulation": accumulation, "eval_every": eval_every,
             "sample_every": sample_every, "save_every": save_every,

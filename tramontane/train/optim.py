@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tramontane.errors import ConfigError, TrainingError
+from tramontane.train.muon import Muon
 
 
 @dataclass(frozen=True)
@@ -76,20 +77,20 @@ class MasterOptimizer:
             name: p.detach().to(torch.float32, copy=True) for name, p in self.parameters.items()
         }
         self.moments: dict[str, Tensor] = {}
-        self._matrices: dict[str, list[Tensor]] = {}  # by master: itself, or one view per expert
+        self._muon_names: list[str] = []
         if config.kind == "muon":
-            self._matrices = {
-                name: _unstack(master)
+            self._muon_names = [
+                name
                 for name, master in self.masters.items()
                 if name.startswith("layers.") and master.dim() > 1 and ".gate." not in name
-            }
+            ]
         self._optimizers: list[torch.optim.Optimizer] = [self._build_adamw()]
-        if self._matrices:
+        if self._muon_names:
             self._optimizers.append(self._build_muon())
 
     def _build_adamw(self) -> torch.optim.Optimizer:
         """AdamW for all that Muon does not take, its moments in `moments`."""
-        names = [name for name in self.masters if name not in self._matrices]
+        names = [name for name in self.masters if name not in self._muon_names]
         config = self.config
         decays = {True: config.weight_decay, False: 0.0}
         groups = [
@@ -112,19 +113,11 @@ class MasterOptimizer:
         return adamw
 
     def _build_muon(self) -> torch.optim.Optimizer:
-        """Muon, which wants matrices: each expert's is a view of its stack, and so its momentum."""
-        views = [view for matrices in self._matrices.values() for view in matrices]
-        muon = torch.optim.Muon(
-            views,
-            lr=self.config.lr,
-            weight_decay=self.config.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        )
-        for name, matrices in self._matrices.items():
-            momentum = torch.zeros_like(self.masters[name])
-            self.moments[f"momentum.{name}"] = momentum
-            for view, part in zip(matrices, _unstack(momentum), strict=True):
-                muon.state[view] = {"momentum_buffer": part}
+        """Muon for the matrices of attention and experts, its momentum in `moments`."""
+        masters = {name: self.masters[name] for name in self._muon_names}
+        muon = Muon(masters.values(), lr=self.config.lr, weight_decay=self.config.weight_decay)
+        for name, master in masters.items():
+            self.moments[f"momentum.{name}"] = muon.state[master]["momentum_buffer"]
         return muon
 
     def accumulate(self) -> None:
@@ -159,14 +152,10 @@ class MasterOptimizer:
 
     def step(self, lr: float) -> None:
         """Update the masters at learning rate `lr`, and the model from them."""
-        for name, matrices in self._matrices.items():
-            grad = self.masters[name].grad
-            parts = [None] * len(matrices) if grad is None else _unstack(grad)
-            for view, part in zip(matrices, parts, strict=True):
-                view.grad = part
+        dtype = next(iter(self.parameters.values())).dtype
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"], group["dtype"] = lr, dtype
             optimizer.step()
         self.clear()
         self.write_back()
@@ -195,8 +184,3 @@ class MasterOptimizer:
         for state in self._optimizers[0].state.values():
             state["step"].fill_(num_steps)
         self.write_back()
-
-
-def _unstack(tensor: Tensor) -> list[Tensor]:
-    """A matrix, or the matrices of a stack, as views."""
-    return [tensor] if tensor.dim() == 2 else list(tensor.unbind(0))

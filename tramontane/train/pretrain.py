@@ -2,7 +2,7 @@
 
 OUT/tokenizer/   the vocabulary, learnt from the same mixture unless one is given
 OUT/tokens/      the encoded text
-OUT/model/       the model after the last step
+OUT/model/       the model after the last step; training.json tells how it came to be
 """
 
 import json
@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from tramontane.atomic import atomic_folder
+from tramontane.checkpoint.loader import load_model
 from tramontane.checkpoint.writer import save_model
 from tramontane.data.packing import PackedBatch, PackedStream
 from tramontane.data.sampling import sample_documents
 from tramontane.data.token_files import TokenFile, prepare_token_files
-from tramontane.errors import ConfigError
+from tramontane.errors import CheckpointError, ConfigError
 from tramontane.models.transformer import Transformer, build_model
 from tramontane.tokenizer.tokenizer import Tokenizer
 from tramontane.tokenizer.trainer import train_tokenizer
@@ -31,6 +32,7 @@ from tramontane.train.losses import compute_next_token_loss
 from tramontane.train.optim import MasterOptimizer
 from tramontane.train.pretrain_config import PretrainConfig
 
+HISTORY_FILE = "training.json"
 TOKENIZER_SAMPLE_CHARS = 60_000_000
 # What suits a small model that has not been aligned; a model's folder carries its defaults.
 GENERATION_DEFAULTS = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "max_new_tokens": 200}
@@ -57,6 +59,7 @@ def pretrain(
             _remove_tokenizer(folder)
         observer.on_note(f"configuration: {json.dumps(asdict(config))}")
         tokenizer = _prepare_tokenizer(config, folder.path / "tokenizer", observer)
+        stages = _read_stages(config.init_from)
         files = prepare_token_files(config.parse_sources(), tokenizer, folder.path / "tokens")
         trainer = _build_trainer(config, folder, observer, files=files)
         if sample is not None:
@@ -67,7 +70,8 @@ def pretrain(
         if not trainer.run():
             observer.on_note(f"stopped after step {trainer.step}; go on with --resume")
             return None
-        return _export(trainer, tokenizer, folder.path / "model")
+        stages.append(_describe_stage(config, trainer))
+        return _export(trainer, tokenizer, folder.path / "model", stages=stages)
 
 
 def _remove_tokenizer(folder: RunFolder) -> None:
@@ -79,8 +83,8 @@ def _remove_tokenizer(folder: RunFolder) -> None:
 def _prepare_tokenizer(config: PretrainConfig, folder: Path, observer: Observer) -> Tokenizer:
     """The tokenizer of the run: kept in its folder, so that a resumed run has the same one."""
     if not folder.exists():
-        if config.tokenizer is not None:
-            tokenizer = Tokenizer.from_folder(config.tokenizer)
+        if (source := config.tokenizer or config.init_from) is not None:
+            tokenizer = Tokenizer.from_folder(source)
         else:
             observer.on_note(f"learning a vocabulary of {config.model.vocab_size} tokens")
             texts = sample_documents(config.parse_sources(), max_chars=TOKENIZER_SAMPLE_CHARS)
@@ -106,13 +110,20 @@ def _build_trainer(
     train_files = {domain: f for (domain, split), f in files.items() if split == "train"}
     valid_files = {domain: f for (domain, split), f in files.items() if split == "valid"}
     weights = {source.domain: source.weight for source in config.parse_sources()}
-    model = build_model(config.model)
-    initialize_weights(model, seed=config.seed)
-    model.to(_choose_device(config.device))
+    device = _choose_device(config.device)
+    dtype = _choose_dtype(config.dtype, device)
+    if config.init_from is not None:
+        model = load_model(config.init_from)
+    else:
+        model = build_model(config.model)
+        initialize_weights(model, seed=config.seed)
+    model.to(device)
     optimizer = MasterOptimizer(model, config.optimizer)
-    model.to(getattr(torch, config.dtype))
+    model.to(dtype)
     total, active = (getattr(config.model.count_parameters(), k) for k in ("total", "active"))
-    observer.on_note(f"{total:,} parameters, {active:,} of them active per token")
+    observer.on_note(
+        f"{total:,} parameters, {active:,} of them active per token, {dtype} computation"
+    )
     return Trainer(
         model=model,
         optimizer=optimizer,
@@ -137,6 +148,16 @@ def _choose_device(name: str) -> torch.device:
         raise ConfigError(f"device is {name!r}, which torch cannot use: {error}") from None
 
 
+def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Without instructions for bfloat16 a processor takes up to four times as long as in fp32."""
+    if name == "auto":
+        names = ("avx512_bf16", "amx_bf16", "bf16")
+        has_bf16 = device.type != "cpu" or any(map(torch.cpu.get_capabilities().get, names))
+        name = "bfloat16" if has_bf16 else "float32"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
 def _score(
     config: PretrainConfig, model: Transformer, files: dict[str, TokenFile]
 ) -> dict[str, float]:
@@ -145,15 +166,46 @@ def _score(
     return {domain: score.bits_per_byte for domain, score in scores.items()}
 
 
-def _export(trainer: Trainer[PackedBatch], tokenizer: Tokenizer, folder: Path) -> Path:
+def _export(
+    trainer: Trainer[PackedBatch], tokenizer: Tokenizer, folder: Path, *, stages: list[Any]
+) -> Path:
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    generation = json.dumps(ids | GENERATION_DEFAULTS, indent=2) + "\n"
     save_model(
         trainer.model,
         folder,
         tokenizer=tokenizer,
         dtype=torch.bfloat16,
-        extra_files={"generation_config.json": generation},
+        extra_files={
+            "generation_config.json": json.dumps(ids | GENERATION_DEFAULTS, indent=2) + "\n",
+            HISTORY_FILE: json.dumps({"stages": stages}, indent=2) + "\n",
+        },
     )
     trainer.observer.on_note(f"saved the model to {folder}")
     return folder
+
+
+def _read_stages(init_from: str | None) -> list[Any]:
+    """How the model that this run began with came to be, as far as its folder tells."""
+    path = Path(init_from or "", HISTORY_FILE)
+    if init_from is None or not path.exists():
+        return []
+    try:
+        stages: list[Any] = json.loads(path.read_text(encoding="utf-8"))["stages"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error!r}); remove it to go on without the model's history"
+        ) from None
+    return stages
+
+
+def _describe_stage(config: PretrainConfig, trainer: Trainer[PackedBatch]) -> dict[str, Any]:
+    return {
+        "steps": trainer.step,
+        "tokens": trainer.num_units_seen,
+        "tokens_per_step": config.seq_len * config.batch_size * config.loop.accumulation,
+        "dtype": str(next(trainer.model.parameters()).dtype).removeprefix("torch."),
+        "seed": config.seed,
+        "load_balancing_coef": config.loop.load_balancing_coef,
+        "optimizer": asdict(config.optimizer),
+        "sources": list(config.sources),
+    }

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from tramontane.checkpoint.loader import load_config
 from tramontane.config import ModelConfig, build_config, get_preset, require_positive
 from tramontane.data.sources import Source, parse_source
 from tramontane.errors import ConfigError
@@ -17,19 +18,22 @@ class PretrainConfig:
     """Everything that a pre-training run depends on; saved with it.
 
     `sources` are `[DOMAIN=]PATH[:WEIGHT]`, relative to `data_dir`. `tokenizer` is a folder with a
-    tokenizer.json; without one, `vocab_size` tokens are learnt. `dtype` is that of the computation;
-    the optimizer keeps fp32 weights.
+    tokenizer.json; without one, `vocab_size` tokens are learnt. `dtype` is that of the computation
+    (auto: bfloat16 where the device has instructions for it);
+    the optimizer keeps fp32 weights. `init_from` is the folder of a model to go on from, with its
+    tokenizer; without it the weights are random.
     """
 
     out: str
     sources: tuple[str, ...]
     model: ModelConfig
     data_dir: str = "."
+    init_from: str | None = None
     tokenizer: str | None = None
     seq_len: int = 1024
     batch_size: int = 8  # rows of seq_len tokens
     seed: int = 1
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     device: str = "auto"  # a GPU where there is one
     eval_tokens: int = 8192  # per domain, at each evaluation
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -37,8 +41,8 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "seq_len", "batch_size", "eval_tokens")
-        if self.dtype not in ("bfloat16", "float32"):
-            raise ConfigError(f"dtype is {self.dtype!r}; choose bfloat16 or float32")
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise ConfigError(f"dtype is {self.dtype!r}; choose auto, bfloat16 or float32")
         if self.seq_len > self.model.max_seq_len:
             raise ConfigError(
                 f"seq_len is {self.seq_len}, above the model's max_seq_len {self.model.max_seq_len}"
@@ -62,7 +66,9 @@ def load_pretrain_config(path: Path | None, changes: dict[str, Any]) -> Pretrain
     if not isinstance(values.get("sources", []), list | tuple):
         raise ConfigError(f"sources is {values['sources']!r}; write a list of texts")
     vocab_size = values.pop("vocab_size", None)
-    values["model"] = _build_model_config(values.get("model", {}), vocab_size)
+    values["model"] = _choose_model_config(
+        values.get("model", {}), vocab_size, init_from=values.get("init_from")
+    )
     values["loop"] = build_config(LoopConfig, values.get("loop", {}), where="[loop]")
     optimizer = dict(values.get("optimizer", {}))
     if "betas" in optimizer:
@@ -89,6 +95,23 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(old, dict)
         merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
     return merged
+
+
+def _choose_model_config(
+    values: dict[str, Any], vocab_size: int | None, *, init_from: str | None
+) -> ModelConfig:
+    """What is written, or what the model to go on from has; both, if they agree."""
+    if init_from is None:
+        return _build_model_config(values, vocab_size)
+    found = load_config(init_from)
+    if values and (asked := _build_model_config(values, vocab_size)) != found:
+        theirs, ours = found.to_dict(), asked.to_dict()
+        changes = [f"{k}: {theirs[k]!r} -> {ours[k]!r}" for k in ours if theirs[k] != ours[k]]
+        raise ConfigError(
+            f"the model in {init_from} is not the one asked for ({'; '.join(changes)}); leave out "
+            "the model's settings, or init_from"
+        )
+    return found
 
 
 def _build_model_config(values: dict[str, Any], vocab_size: int | None) -> ModelConfig:
