@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tramontane.checkpoint import names
 from tramontane.checkpoint.layout import Layout
-from tramontane.checkpoint.tensor_file import StoredTensor, parse_json, read_table
+from tramontane.checkpoint.safetensors_file import parse_json, read_table
+from tramontane.checkpoint.stored_tensor import StoredTensor
 from tramontane.config import ModelConfig
 from tramontane.errors import CheckpointError, ConfigError
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tramontane.checkpoint.names import TensorMap
-from tramontane.checkpoint.tensor_file import StoredTensor
+from tramontane.checkpoint.stored_tensor import StoredTensor
 from tramontane.config import ModelConfig
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tramontane.atomic import atomic_folder
 from tramontane.checkpoint.hf import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from tramontane.checkpoint.names import ExpectedTensor, map_hf
-from tramontane.checkpoint.tensor_file import write_tensors
+from tramontane.checkpoint.safetensors_file import write_tensors
 from tramontane.errors import CheckpointError
 from tramontane.models.transformer import Transformer
 

@@ -7,18 +7,15 @@ end of its bytes), and the bytes. Everything in the header is checked before any
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from tramontane.checkpoint.stored_tensor import DTYPE_NAMES, DTYPES, StoredTensor
 from tramontane.errors import CheckpointError
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _MAX_RANK = 8
 _MAX_BYTES = 2**62
@@ -27,38 +24,6 @@ _MAX_BYTES = 2**62
 class _File(NamedTuple):
     path: Path
     num_bytes: int
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file, not read yet. `begin` and `end` count from the start of the file."""
-
-    name: str
-    path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-    @property
-    def place(self) -> str:
-        """File and name, for messages."""
-        return f"{self.path}: {self.name}"
-
-    def read(self) -> Tensor:
-        """The values, as a view of the mapped file where its alignment allows, else as a copy.
-
-        Memory fills when it is touched, and writing to it does not reach the disk. Each tensor maps
-        its own bytes alone, so that those of a tensor that is copied go as soon as it is dropped.
-        """
-        if self.begin == self.end:
-            return torch.empty(self.shape, dtype=self.dtype)
-        size = self.end - self.begin
-        mapped = np.memmap(self.path, dtype=np.uint8, mode="c", offset=self.begin, shape=(size,))
-        data = torch.from_numpy(mapped)
-        if self.begin % self.dtype.itemsize:
-            data = data.clone()
-        return data.view(self.dtype).view(self.shape)
 
 
 def read_table(path: Path) -> dict[str, StoredTensor]:
@@ -83,13 +48,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dty
 
     Raises CheckpointError on a dtype that `read_table` would refuse.
     """
-    if dtype not in _DTYPE_NAMES:
-        raise CheckpointError(f"{path}: cannot store {dtype}; known are {sorted(_DTYPES)}")
+    if dtype not in DTYPE_NAMES:
+        raise CheckpointError(f"{path}: cannot store {dtype}; known are {sorted(DTYPES)}")
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():
         end = offset + tensor.numel() * dtype.itemsize
-        entry = {"dtype": _DTYPE_NAMES[dtype], "shape": list(tensor.shape)}
+        entry = {"dtype": DTYPE_NAMES[dtype], "shape": list(tensor.shape)}
         header[name] = entry | {"data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
@@ -164,11 +129,11 @@ def _check_entry(name: str, entry: Any, *, file: _File, data_begin: int) -> Stor
 
 
 def _check_dtype(value: Any, *, where: str) -> torch.dtype:
-    if not isinstance(value, str) or value not in _DTYPES:
+    if not isinstance(value, str) or value not in DTYPES:
         raise CheckpointError(
-            f"{where}: dtype {_shorten(value)} is not supported; known are {sorted(_DTYPES)}"
+            f"{where}: dtype {_shorten(value)} is not supported; known are {sorted(DTYPES)}"
         )
-    return _DTYPES[value]
+    return DTYPES[value]
 
 
 def _check_sizes(values: Any, *, where: str, max_count: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import torch
 
 from tests.checkpoint import malformed
 from tests.checkpoint.malformed import MALFORMED, encode, entry
-from tramontane.checkpoint.tensor_file import parse_json, read_table, write_tensors
+from tramontane.checkpoint.safetensors_file import parse_json, read_table, write_tensors
 from tramontane.errors import CheckpointError
 
 _ROOT = Path(__file__).parents[2]
