@@ -4,6 +4,7 @@ transformers is the oracle: a swapped or transposed matrix cannot hide behind ou
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,7 @@ def test_index_may_only_name_files_of_its_folder(sharded: Path, shard: str) -> N
 
 
 def test_two_checkpoints_in_one_folder_are_refused(sharded: Path) -> None:
-    (sharded / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"has both model\.safetensors and"):
+    save_model(make_model(), sharded.with_name("other"), dtype=torch.float32)
+    shutil.copy(sharded.with_name("other") / "model.safetensors", sharded)
+    with pytest.raises(CheckpointError, match=r"2 checkpoints .*index\.json, model\.safetensors"):
         load_model(sharded)

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import make_model
+from tests.tiny import make_config, make_model
+from tramontane.checkpoint.gguf_writer import write_gguf
+from tramontane.checkpoint.intake import open_checkpoint
 from tramontane.checkpoint.loader import load_config, load_model
+from tramontane.checkpoint.parameters import ParametersInMemory
 from tramontane.checkpoint.writer import save_model
 from tramontane.errors import CheckpointError, ConfigError
 
@@ -33,13 +36,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "m"
 
 
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "old pickle"])
 @pytest.mark.parametrize("name", _PICKLES)
-def test_c01_pickled_weights_are_refused_unopened(tmp_path: Path, folder: Path, name: str) -> None:
+def test_c01_pickles_that_would_run_something_are_refused(
+    tmp_path: Path, folder: Path, name: str, is_zip: bool
+) -> None:
     """C01: alone in a folder, and named themselves; the message names the file and the remedy."""
     (folder / "model.safetensors").unlink()
-    torch.save(_Canary(tmp_path / "canary"), folder / name)
+    torch.save(_Canary(tmp_path / "canary"), folder / name, _use_new_zipfile_serialization=is_zip)
     for path in (folder, folder / name):
-        with pytest.raises(CheckpointError, match="safetensors only: convert it first") as error:
+        with pytest.raises(CheckpointError, match=r"convert|get the safetensors") as error:
             load_model(path)
         assert str(folder / name) in str(error.value)
     assert not (tmp_path / "canary").exists()
@@ -72,9 +78,7 @@ def test_c02_code_in_a_folder_is_never_imported(tmp_path: Path, folder: Path) ->
 def test_c30_wrong_path_names_the_path_and_what_was_looked_for(tmp_path: Path) -> None:
     path = tmp_path / "mixtral-8x7b-typo"
     for load in (load_config, load_model):
-        with pytest.raises(
-            CheckpointError, match=r"does not exist; looked for model\.safetensors"
-        ) as e:
+        with pytest.raises(CheckpointError, match=r"does not exist; looked for safetensors") as e:
             load(path)
         assert str(path) in str(e.value)
 
@@ -83,7 +87,7 @@ def test_c30_folder_without_weights_says_what_it_has(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no weights: looked for .*, found an empty folder"):
         load_model(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(CheckpointError, match=r"index.json .*, found \['notes.txt'\]"):
+    with pytest.raises(CheckpointError, match=r"looked for safetensors, .*, found \['notes.txt'\]"):
         load_model(tmp_path)
 
 
@@ -96,17 +100,32 @@ def test_c30_weights_without_configuration(folder: Path) -> None:
         load_model(folder)
 
 
-def test_c30_a_file_is_not_a_folder(folder: Path) -> None:
+def test_c30_a_file_may_be_named(folder: Path) -> None:
+    """Its configuration lies beside it."""
+    assert load_model(folder / "model.safetensors").config == load_model(folder).config
+    (folder / "notes.txt").write_text("x")
+    with pytest.raises(CheckpointError, match=r"notes\.txt is none of safetensors, GGUF"):
+        load_model(folder / "notes.txt")
+
+
+def test_c30_the_name_of_a_file_does_not_matter(folder: Path) -> None:
+    expected = load_model(folder).state_dict()
+    (folder / "model.safetensors").rename(folder / "weights")
+    assert all(torch.equal(v, expected[k]) for k, v in load_model(folder).state_dict().items())
+
+
+def test_c30_two_layouts_in_one_folder(folder: Path) -> None:
+    """C30: nothing is guessed, and naming a file chooses."""
+    write_gguf(
+        ParametersInMemory(make_model(seed=1).state_dict()), make_config(), folder / "m-f32.gguf",
+        encoding="F32",
+    )  # fmt: skip
     with pytest.raises(
-        CheckpointError, match=r"model\.safetensors is a file; name the folder with"
+        CheckpointError, match=r"2 checkpoints \(m-f32\.gguf, model\.safetensors\); name the one"
     ):
-        load_model(folder / "model.safetensors")
-
-
-def test_c30_other_formats_beside_the_folder_do_not_disturb_it(folder: Path) -> None:
-    for name in ("model-q4.gguf", "consolidated.safetensors"):
-        (folder / name).write_bytes(b"GGUF")
-    load_model(folder)
+        load_model(folder)
+    assert open_checkpoint(folder / "m-f32.gguf").layout.name == "gguf"
+    assert open_checkpoint(folder / "model.safetensors").layout.name == "hf"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -14,7 +14,7 @@ import torch
 
 from tests.tiny import make_config, make_model
 from tramontane.checkpoint.loader import load_config, load_model
-from tramontane.checkpoint.names import map_hf
+from tramontane.checkpoint.names import HF
 from tramontane.checkpoint.writer import save_model
 from tramontane.errors import CheckpointError, ConfigError
 
@@ -91,7 +91,7 @@ def test_loading_takes_the_memory_of_the_model_once(tmp_path: Path) -> None:
 def test_c08_each_missing_tensor_is_named(folder: Path) -> None:
     """C08: each tensor in turn; exactly its name is listed."""
     original = safetensors.torch.load((folder / "model.safetensors").read_bytes())
-    assert original.keys() == map_hf(make_config()).keys()
+    assert original.keys() == HF.map_tensors(make_config()).keys()
     for name in original:
         _edit_tensors(folder, lambda tensors, name=name: tensors.pop(name))
         with pytest.raises(CheckpointError, match="incomplete download") as error:
@@ -177,7 +177,7 @@ def test_c32_kind_of_model(tmp_path: Path) -> None:
     for name, moe, other in (("a", {}, None), ("b", {"moe": None}, make_config().moe)):
         save_model(make_model(make_config(**moe)), tmp_path / name)
         (tmp_path / name / "config.json").write_text(json.dumps(make_config(moe=other).to_hf()))
-        with pytest.raises(CheckpointError, match=r"model_type says .*, the tensors are "):
+        with pytest.raises(CheckpointError, match=r"config.json describes .*, the tensors are "):
             load_model(tmp_path / name)
 
 

@@ -20,6 +20,11 @@ _ROOT = Path(__file__).parents[2]
 _DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
+def write(path: Path, tensors: dict[str, torch.Tensor], *, dtype: torch.dtype) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    write_tensors(path, shapes, lambda name: tensors[name].to(dtype), dtype=dtype)
+
+
 def _make_tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     shapes = {"b": (3, 5), "a": (7,), "stack": (2, 3, 4), "scalar": ()}
     return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
@@ -38,14 +43,14 @@ def test_reads_what_the_library_writes(tmp_path: Path, dtype: torch.dtype) -> No
 def test_library_reads_what_is_written(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = _make_tensors(torch.float32)
     tensors["transposed"] = tensors["b"].t()  # not contiguous
-    write_tensors(tmp_path / "f", tensors, dtype=dtype)
+    write(tmp_path / "f", tensors, dtype=dtype)
     read = safetensors.torch.load_file(tmp_path / "f")
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], value.to(dtype)) for name, value in tensors.items())
 
 
 def test_writing_to_a_mapped_tensor_leaves_the_file_and_its_neighbours(tmp_path: Path) -> None:
-    write_tensors(tmp_path / "f", {"a": torch.ones(4), "b": torch.ones(4)}, dtype=torch.float32)
+    write(tmp_path / "f", {"a": torch.ones(4), "b": torch.ones(4)}, dtype=torch.float32)
     before = (tmp_path / "f").read_bytes()
     table = read_table(tmp_path / "f")
     a, b = table["a"].read(), table["b"].read()
@@ -93,7 +98,7 @@ def test_c04_malformed_file_takes_no_memory_beyond_its_size(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("short_by", [1, 8, 4096])
 def test_c08_short_file_says_how_many_bytes_are_missing(tmp_path: Path, short_by: int) -> None:
-    write_tensors(tmp_path / "f", {"w": torch.ones(64, 64)}, dtype=torch.float32)
+    write(tmp_path / "f", {"w": torch.ones(64, 64)}, dtype=torch.float32)
     with (tmp_path / "f").open("r+b") as file:
         file.truncate((tmp_path / "f").stat().st_size - short_by)
     with pytest.raises(CheckpointError, match=f"w ends at .* {short_by:,} bytes are missing"):

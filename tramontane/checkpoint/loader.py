@@ -1,104 +1,138 @@
 """Weights into a model: every tensor is accounted for, none is invented.
 
-The model is built without memory, on the meta device. Tensors that have their final form stay
-views of the mapped file; experts are copied straight into their stack: peak memory is that of the
-model and of one tensor.
+The model is built without memory, on the meta device. Parameters that lie in a file as they are
+needed stay views of the mapped file, stacks of experts too where the experts follow one another;
+others are read straight into their place: peak memory is that of the model and of one tensor.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tramontane.checkpoint.check import (
-    TensorPair,
-    check_finite_values,
-    find_common_dtype,
-    match_tensors,
-)
-from tramontane.checkpoint.intake import find_layout
+from tramontane.checkpoint.changes import SAME
+from tramontane.checkpoint.check import TensorPair, check_finite_values
+from tramontane.checkpoint.intake import Checkpoint, open_checkpoint
 from tramontane.checkpoint.names import Part
+from tramontane.checkpoint.stored_tensor import DTYPES, StoredTensor
 from tramontane.config import ModelConfig
 from tramontane.errors import CheckpointError
 from tramontane.models.transformer import Transformer, build_model
 
+# Threads that wait for the disk or copy; the finite check between them uses torch's own.
+_NUM_READERS = 4
 
-def load_config(folder: Path | str) -> ModelConfig:
-    """The configuration of the checkpoint in `folder`. Raises CheckpointError or ConfigError."""
-    path = Path(folder)
-    try:
-        return find_layout(path).read_config(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+def load_config(path: Path | str) -> ModelConfig:
+    """The configuration of the checkpoint at `path`. Raises CheckpointError or ConfigError."""
+    return open_checkpoint(path).config
 
 
 def load_model(
-    folder: Path | str,
+    path: Path | str,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     check_finite: bool = True,
 ) -> Transformer:
-    """The model in `folder`, in evaluation mode, its weights in `dtype` (None: as stored).
+    """The model at `path`, in evaluation mode, its weights in `dtype` (None: as stored).
 
-    Raises ConfigError on a configuration that is not one of ours, and CheckpointError on a tensor
-    that is missing, unexpected, of another shape, truncated, or (`check_finite`) NaN or infinite.
+    `path` is a folder or a file of any layout. Raises ConfigError on a configuration that is not
+    one of ours, and CheckpointError on a tensor that is missing, unexpected, of another shape,
+    truncated, or (`check_finite`) NaN or infinite.
     """
-    path = Path(folder)
-    try:
-        return _load(path, dtype=dtype, device=torch.device(device), check_finite=check_finite)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return fill_model(
+        open_checkpoint(path), dtype=dtype, device=torch.device(device), check_finite=check_finite
+    )
 
 
-def _load(
-    path: Path, *, dtype: torch.dtype | None, device: torch.device, check_finite: bool
+def fill_model(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    check_finite: bool = True,
 ) -> Transformer:
-    layout = find_layout(path)
-    config = layout.read_config(path)
-    stored = layout.find_tensors(path)
-    layout.check_names(config, stored)
-    pairs = match_tensors(layout.map_names(config, stored), stored, folder=path)
-    model = build_model(config, device="meta").eval()
-    values = _Collector(model, dtype=dtype or find_common_dtype(pairs), device=device)
-    for pair in pairs:
-        values.add(pair, check_finite=check_finite)
-    _assign(model, values.parameters, pairs)
+    """`load_model` of a checkpoint that has been opened."""
+    try:
+        pairs = checkpoint.pairs
+        model = build_model(checkpoint.config, device="meta").eval()
+        filler = _Filler(
+            model,
+            dtype=dtype or checkpoint.dtype,
+            device=torch.device(device),
+            check_finite=check_finite,
+        )
+        parameters = filler.fill(pairs)
+    except OSError as error:
+        raise CheckpointError(f"{checkpoint.contents.path} cannot be read: {error}") from error
+    _assign(model, parameters, pairs)
     return model
 
 
-class _Collector:
-    """Gathers the values of a model's parameters, each from one or several stored tensors."""
+class _Filler:
+    """Gives each parameter of a model its values, from one or several stored tensors."""
 
-    def __init__(self, model: Transformer, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.parameters: dict[str, Tensor] = {}
+    def __init__(
+        self, model: Transformer, *, dtype: torch.dtype, device: torch.device, check_finite: bool
+    ) -> None:
         self._shapes = {name: value.shape for name, value in model.state_dict().items()}
-        self._dtype, self._device = dtype, device
+        self._dtype, self._device, self._check_finite = dtype, device, check_finite
 
-    def add(self, pair: TensorPair, *, check_finite: bool) -> None:
-        """Read one stored tensor and put its parts where they belong."""
-        values = pair.stored.read()
-        for part in pair.expected.parts:
-            placed = self._place(values, part)
-            if check_finite:
-                check_finite_values(placed, pair.stored)
+    def fill(self, pairs: Sequence[TensorPair]) -> dict[str, Tensor]:
+        """All parameters by name."""
+        sources: dict[str, list[tuple[Part, StoredTensor]]] = {}
+        for pair in pairs:
+            for part in pair.expected.parts:
+                sources.setdefault(part.parameter, []).append((part, pair.stored))
+        parameters: dict[str, Tensor] = {}
+        with ThreadPoolExecutor(_NUM_READERS) as readers:
+            for name, parts in sources.items():
+                whole = self._find_whole(parts)
+                if whole is not None:
+                    values = whole.read().to(self._device)
+                else:
+                    values = torch.empty(self._shapes[name], dtype=self._dtype, device=self._device)
+                    list(readers.map(partial(self._copy, values), parts))
+                parameters[name] = values
+                for part, stored in parts if self._check_finite else ():
+                    check_finite_values(part.find_place(values), stored)
+        return parameters
 
-    def _place(self, values: Tensor, part: Part) -> Tensor:
-        """The values in their final place: as they are if nothing changes, copied otherwise."""
-        if part.expert is None:
-            rows = values if part.rows is None else values[..., part.rows, :]
-            placed = rows.to(device=self._device, dtype=self._dtype).contiguous()
-            self.parameters[part.parameter] = placed
-            return placed
-        if part.parameter not in self.parameters:
-            shape = self._shapes[part.parameter]
-            stack = torch.empty(shape, dtype=self._dtype, device=self._device)
-            self.parameters[part.parameter] = stack
-        return self.parameters[part.parameter][part.expert].copy_(values)
+    def _find_whole(self, parts: Sequence[tuple[Part, StoredTensor]]) -> StoredTensor | None:
+        """The stored values as one tensor, if they need neither conversion nor gathering."""
+        parts = sorted(parts, key=lambda pair: pair[0].expert or 0)
+        first = parts[0][1]
+        end = first.begin
+        for part, stored in parts:
+            if stored.dtype != self._dtype or not _is_plain(part, stored):
+                return None
+            if stored.path != first.path or stored.begin != end or first.begin % 64:
+                return None if len(parts) > 1 else first
+            end = stored.end
+        if parts[0][0].expert is None:
+            return first
+        return replace(first, shape=(len(parts), *first.shape), end=end)
+
+    def _copy(self, target: Tensor, source: tuple[Part, StoredTensor]) -> None:
+        part, stored = source
+        place = part.find_place(target)
+        if stored.dtype == self._dtype and self._device.type == "cpu" and _is_plain(*source):
+            stored.read_into(place)
+        else:
+            place.copy_(part.extract(stored.read()))
 
 
-def _assign(model: Transformer, parameters: dict[str, Tensor], pairs: Iterable[TensorPair]) -> None:
+def _is_plain(part: Part, stored: StoredTensor) -> bool:
+    """Whether the bytes of the file are the values as they are needed."""
+    return stored.encoding in DTYPES and part.rows is None and part.change is SAME
+
+
+def _assign(model: Transformer, parameters: dict[str, Tensor], pairs: Sequence[TensorPair]) -> None:
     """Make the values the model's parameters; a tied head is the embeddings themselves."""
     if not model.config.tie_embeddings:
         model.load_state_dict(parameters, strict=True, assign=True)
@@ -106,10 +140,13 @@ def _assign(model: Transformer, parameters: dict[str, Tensor], pairs: Iterable[T
     embeddings = parameters["tok_embeddings.weight"]
     head = parameters.setdefault("output.weight", embeddings)
     if head is not embeddings and not torch.equal(head, embeddings):  # NaN differs from itself
-        heads = (pair.stored for pair in pairs if Part("output.weight") in pair.expected.parts)
         raise CheckpointError(
-            f"{next(heads).place} differs from the embeddings, but tie_word_embeddings is true; "
-            "these files do not belong together"
+            f"{next(_find_heads(pairs)).place} differs from the embeddings, but "
+            "tie_word_embeddings is true; these files do not belong together"
         )
     model.load_state_dict(parameters, strict=True, assign=True)
     model.output.weight = model.tok_embeddings.weight
+
+
+def _find_heads(pairs: Sequence[TensorPair]) -> Iterator[StoredTensor]:
+    return (p.stored for p in pairs if Part("output.weight") in p.expected.parts)

@@ -1,19 +1,28 @@
-"""The only place where foreign tensor names live: which part of which of our parameters each is.
+"""The only place where foreign tensor names live: one table per layout, and what it maps to ours.
 
-Hugging Face keeps Mixtral in two forms: one tensor per expert and matrix (transformers 4, and every
-published checkpoint), and all experts of a layer fused (transformers 5 in memory). D dim, F
-hidden_dim, E experts.
+D dim, F hidden_dim, E experts, H heads, G kv heads, S head_dim.
 """
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal, NamedTuple
 
+from torch import Tensor
+
+from tramontane.checkpoint.changes import (
+    SAME,
+    Change,
+    pair_halves,
+    split_experts,
+    split_transposed_experts,
+)
 from tramontane.config import ModelConfig
 
 
 class Dim(NamedTuple):
-    """One dimension of a tensor: what the configuration file calls it, and its size."""
+    """One dimension of a tensor: what the configuration calls it, and its size."""
 
     field: str
     size: int
@@ -23,12 +32,22 @@ class Part(NamedTuple):
     """What a foreign tensor gives to one of our parameters.
 
     `expert` is the slice of a stacked parameter that it fills (None: all of it); `rows` are the
-    foreign tensor's rows (its second dimension from the end) that go there (None: all).
+    foreign tensor's rows (its second dimension from the end) that go there (None: all); `change`
+    is what has to be done to them.
     """
 
     parameter: str
     expert: int | None = None
     rows: slice | None = None
+    change: Change = SAME
+
+    def find_place(self, parameter: Tensor) -> Tensor:
+        """Where the values go in our parameter."""
+        return parameter if self.expert is None else parameter[self.expert]
+
+    def extract(self, values: Tensor) -> Tensor:
+        """The part's values out of those of the foreign tensor, a view where that is possible."""
+        return self.change.to_ours(values if self.rows is None else values[..., self.rows, :])
 
 
 @dataclass(frozen=True)
@@ -51,121 +70,281 @@ class ExpectedTensor:
 
 TensorMap = dict[str, ExpectedTensor]
 NamedTensors = Iterator[tuple[str, ExpectedTensor]]
-
-_HF_HEAD = "lm_head.weight"
-_HF_ATTENTION = {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"}
-_HF_DENSE = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-_HF_NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-_HF_EXPERTS = ".block_sparse_moe.experts."
-# Angles that old writers stored although they follow from the configuration.
-_HF_DERIVED_SUFFIX = ".rotary_emb.inv_freq"
+Matrices = dict[str, str]  # w1, w2, w3 -> name
 
 
-def map_hf(config: ModelConfig, stored: Collection[str] = ()) -> TensorMap:
-    """Names in a Hugging Face checkpoint of `config`, in the form that the `stored` names have.
+@dataclass(frozen=True, kw_only=True)
+class NameTable:
+    """The names of one layout, called `title`. `layer` stands before all but the first three.
 
-    Without `stored` names: one tensor per expert, the form that every transformers reads.
+    `expert_form` is how experts lie: `each` one tensor per expert and matrix; `stacked` (E, F, D)
+    and, for w2, (E, D, F); `flat` (E*F, D) with w2 transposed, as in the torrent; `fused` w1 over
+    w3, (E, 2F, D), under the name of w1. `fields` are the configuration's own words for ours.
     """
-    has_fused_experts = any(name.endswith(".mlp.experts.gate_up_proj") for name in stored)
-    dim, vocab = Dim("hidden_size", config.dim), Dim("vocab_size", config.vocab_size)
-    tensors = {
-        "model.embed_tokens.weight": _whole("tok_embeddings.weight", vocab, dim),
-        "model.norm.weight": _whole("norm.weight", dim),
-        _HF_HEAD: ExpectedTensor(
-            (vocab, dim),
-            (Part("output.weight"),),
-            is_optional=config.tie_embeddings,
-            reason="tie_word_embeddings is false",
-        ),
-    }
-    for layer in range(config.n_layers):
-        theirs, ours = f"model.layers.{layer}", f"layers.{layer}"
-        tensors.update(_map_hf_attention(config, theirs, ours))
-        if config.moe is None:
-            tensors.update(_map_hf_dense(config, theirs, ours))
-        elif has_fused_experts:
-            tensors.update(_map_hf_fused_experts(config, theirs, ours))
-        else:
-            tensors.update(_map_hf_experts(config, theirs, ours))
-    return tensors
 
+    title: str
+    tok_embeddings: str
+    norm: str
+    output: str
+    layer: str
+    attention: Mapping[str, str]  # wq, wk, wv, wo
+    attention_norm: str
+    ffn_norm: str
+    dense: Matrices
+    gate: str
+    experts: Matrices
+    expert_form: Literal["each", "stacked", "flat", "fused"]
+    rope_pairs: Literal["halves", "neighbours"]
+    fields: Mapping[str, str]
+    derived: str = ""  # ends the names of tensors that follow from the configuration
 
-def is_derived(name: str) -> bool:
-    """Whether a tensor holds only what follows from the configuration; it may be passed over."""
-    return name.endswith(_HF_DERIVED_SUFFIX)
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Matches every name of the table; groups `layer` and `expert` are the numbers in it."""
+        in_layer = [
+            *self.attention.values(), self.attention_norm, self.ffn_norm, *self.dense.values(),
+            self.gate, *self.experts.values(),
+        ]  # fmt: skip
+        escaped = [re.escape(name) for name in dict.fromkeys(in_layer)]
+        alternatives = "|".join(
+            name.replace(r"\{expert\}", rf"(?P<expert{number}>\d+)")  # a group's name stands once
+            for number, name in enumerate(escaped)
+        )
+        top = "|".join(map(re.escape, (self.tok_embeddings, self.norm, self.output)))
+        prefix = re.escape(self.layer).replace(r"\{layer\}", r"(?P<layer>\d+)")
+        return re.compile(f"{top}|{prefix}(?:{alternatives})")
 
+    def count_matches(self, stored: Collection[str]) -> int:
+        """How many of the stored names are names of this table."""
+        return sum(self.pattern.fullmatch(name) is not None for name in stored)
 
-def count_hf_layers(stored: Collection[str]) -> int:
-    """How many layers the names in a Hugging Face checkpoint speak of."""
-    return len({name.split(".")[2] for name in stored if name.startswith("model.layers.")})
+    def count_layers(self, stored: Collection[str]) -> int:
+        """How many layers the stored names speak of."""
+        matches = (self.pattern.fullmatch(name) for name in stored)
+        return len({match["layer"] for match in matches if match and match["layer"]})
 
+    def count_experts(self, stored: Collection[str]) -> int | None:
+        """How many experts the stored names speak of: 0 if dense, None if experts are stacked."""
+        numbers: set[str] = set()
+        has_gate = False
+        for name in stored:
+            if match := self.pattern.fullmatch(name):
+                groups = match.groupdict()
+                numbers |= {v for key, v in groups.items() if key != "layer" and v is not None}
+                has_gate |= match["layer"] is not None and name.endswith(self.gate)
+        if self.expert_form == "each":
+            return len(numbers)
+        return None if has_gate else 0
 
-def count_hf_experts(stored: Collection[str]) -> int | None:
-    """How many experts the names speak of: 0 if dense, None if the experts are fused."""
-    if any(".mlp.experts." in name for name in stored):
-        return None
-    parts = (name.partition(_HF_EXPERTS)[2] for name in stored)
-    return len({part.split(".")[0] for part in parts if part})
+    def is_derived(self, name: str) -> bool:
+        """Whether a tensor holds only what follows from the configuration, and is passed over."""
+        return bool(self.derived) and name.endswith(self.derived)
+
+    def map_tensors(self, config: ModelConfig) -> TensorMap:
+        """All tensors that a checkpoint of `config` has in this layout."""
+        dim, vocab = self._dim("dim", config.dim), self._dim("vocab_size", config.vocab_size)
+        tensors = {
+            self.tok_embeddings: _whole("tok_embeddings.weight", vocab, dim),
+            self.norm: _whole("norm.weight", dim),
+            self.output: ExpectedTensor(
+                (vocab, dim),
+                (Part("output.weight"),),
+                is_optional=config.tie_embeddings,
+                reason=f"{self.fields['tie_embeddings']} is false",
+            ),
+        }
+        for layer in range(config.n_layers):
+            theirs, ours = self.layer.format(layer=layer), f"layers.{layer}"
+            tensors.update(self._map_attention(config, theirs, ours))
+            if config.moe is None:
+                tensors.update(self._map_dense(config, theirs, ours))
+            else:
+                tensors.update(self._map_experts(config, theirs, ours))
+        return tensors
+
+    def _map_attention(self, config: ModelConfig, theirs: str, ours: str) -> NamedTensors:
+        dim = self._dim("dim", config.dim)
+        heads = {"wq": config.n_heads, "wo": config.n_heads}
+        for matrix, name in self.attention.items():
+            num_heads = heads.get(matrix, config.n_kv_heads)
+            field = "n_heads" if matrix in heads else "n_kv_heads"
+            words = f"{self.fields[field]} * {self.fields['head_dim']}"
+            width = Dim(words, num_heads * config.head_dim)
+            turned = matrix in ("wq", "wk") and self.rope_pairs == "neighbours"
+            part = Part(
+                f"{ours}.attention.{matrix}.weight",
+                change=pair_halves(num_heads) if turned else SAME,
+            )
+            dims = (dim, width) if matrix == "wo" else (width, dim)
+            yield theirs + name, ExpectedTensor(dims, (part,))
+        for norm in ("attention_norm", "ffn_norm"):
+            yield theirs + getattr(self, norm), _whole(f"{ours}.{norm}.weight", dim)
+
+    def _map_dense(self, config: ModelConfig, theirs: str, ours: str) -> NamedTensors:
+        for matrix, name in self.dense.items():
+            parameter = f"{ours}.feed_forward.{matrix}.weight"
+            yield theirs + name, _whole(parameter, *self._matrix_dims(config, matrix))
+
+    def _map_experts(self, config: ModelConfig, theirs: str, ours: str) -> NamedTensors:
+        assert config.moe is not None, config
+        experts = self._dim("num_experts", config.moe.num_experts)
+        dim = self._dim("dim", config.dim)
+        yield theirs + self.gate, _whole(f"{ours}.feed_forward.gate.weight", experts, dim)
+        for matrix, name in self.experts.items():
+            parameter = f"{ours}.feed_forward.experts.{matrix}"
+            dims = self._matrix_dims(config, matrix)
+            if self.expert_form == "each":
+                for expert in range(experts.size):
+                    part = Part(parameter, expert=expert)
+                    yield theirs + name.format(expert=expert), ExpectedTensor(dims, (part,))
+            elif self.expert_form == "flat":
+                yield theirs + name, self._flatten_experts(config, parameter, matrix)
+            elif self.expert_form == "fused" and matrix == "w1":
+                yield theirs + name, self._fuse_experts(config, f"{ours}.feed_forward.experts")
+            else:
+                yield theirs + name, _whole(parameter, experts, *dims)
+
+    def _flatten_experts(self, config: ModelConfig, parameter: str, matrix: str) -> ExpectedTensor:
+        assert config.moe is not None, config
+        count = config.moe.num_experts
+        words = f"{self.fields['num_experts']} * {self.fields['hidden_dim']}"
+        change = split_transposed_experts(count) if matrix == "w2" else split_experts(count)
+        dims = (Dim(words, count * config.hidden_dim), self._dim("dim", config.dim))
+        return ExpectedTensor(dims, (Part(parameter, change=change),))
+
+    def _fuse_experts(self, config: ModelConfig, stack: str) -> ExpectedTensor:
+        assert config.moe is not None, config
+        hidden = config.hidden_dim
+        parts = (
+            Part(f"{stack}.w1", rows=slice(0, hidden)),
+            Part(f"{stack}.w3", rows=slice(hidden, 2 * hidden)),
+        )
+        dims = (
+            self._dim("num_experts", config.moe.num_experts),
+            Dim(f"2 * {self.fields['hidden_dim']}", 2 * hidden),
+            self._dim("dim", config.dim),
+        )
+        return ExpectedTensor(dims, parts)
+
+    def _matrix_dims(self, config: ModelConfig, matrix: str) -> tuple[Dim, Dim]:
+        """w1 and w3 are (F, D), w2 is (D, F)."""
+        hidden = self._dim("hidden_dim", config.hidden_dim)
+        dim = self._dim("dim", config.dim)
+        return (dim, hidden) if matrix == "w2" else (hidden, dim)
+
+    def _dim(self, field: str, size: int) -> Dim:
+        return Dim(self.fields[field], size)
 
 
 def _whole(parameter: str, *dims: Dim) -> ExpectedTensor:
     return ExpectedTensor(dims, (Part(parameter),))
 
 
-def _map_hf_attention(config: ModelConfig, theirs: str, ours: str) -> NamedTensors:
-    dim = Dim("hidden_size", config.dim)
-    queries = Dim("num_attention_heads * head_dim", config.n_heads * config.head_dim)
-    keys = Dim("num_key_value_heads * head_dim", config.n_kv_heads * config.head_dim)
-    dims = {"wq": (queries, dim), "wk": (keys, dim), "wv": (keys, dim), "wo": (dim, queries)}
-    for matrix, name in _HF_ATTENTION.items():
-        parameter = f"{ours}.attention.{matrix}.weight"
-        yield f"{theirs}.self_attn.{name}.weight", _whole(parameter, *dims[matrix])
-    for norm, name in _HF_NORMS.items():
-        yield f"{theirs}.{name}.weight", _whole(f"{ours}.{norm}.weight", dim)
+# Published Mixtral checkpoints, and what transformers 4 and 5 read.
+HF = NameTable(
+    title="Hugging Face",
+    tok_embeddings="model.embed_tokens.weight",
+    norm="model.norm.weight",
+    output="lm_head.weight",
+    layer="model.layers.{layer}.",
+    attention={
+        "wq": "self_attn.q_proj.weight", "wk": "self_attn.k_proj.weight",
+        "wv": "self_attn.v_proj.weight", "wo": "self_attn.o_proj.weight",
+    },
+    attention_norm="input_layernorm.weight",
+    ffn_norm="post_attention_layernorm.weight",
+    dense={"w1": "mlp.gate_proj.weight", "w2": "mlp.down_proj.weight", "w3": "mlp.up_proj.weight"},
+    gate="block_sparse_moe.gate.weight",
+    experts={w: f"block_sparse_moe.experts.{{expert}}.{w}.weight" for w in ("w1", "w2", "w3")},
+    expert_form="each",
+    rope_pairs="halves",
+    fields={
+        "dim": "hidden_size", "vocab_size": "vocab_size", "head_dim": "head_dim",
+        "hidden_dim": "intermediate_size", "n_heads": "num_attention_heads",
+        "n_kv_heads": "num_key_value_heads", "n_layers": "num_hidden_layers",
+        "num_experts": "num_local_experts", "tie_embeddings": "tie_word_embeddings",
+    },
+    derived=".rotary_emb.inv_freq",
+)  # fmt: skip
 
+# Transformers 5 in memory, and in folders that were saved as they lay there.
+HF_FUSED = replace(
+    HF,
+    title="Hugging Face, fused experts",
+    gate="mlp.gate.weight",
+    experts={"w1": "mlp.experts.gate_up_proj", "w2": "mlp.experts.down_proj"},
+    expert_form="fused",
+)
 
-def _map_hf_dense(config: ModelConfig, theirs: str, ours: str) -> NamedTensors:
-    for matrix, name in _HF_DENSE.items():
-        parameter = f"{ours}.feed_forward.{matrix}.weight"
-        yield f"{theirs}.mlp.{name}.weight", _whole(parameter, *_matrix_dims(config, matrix))
+# consolidated.safetensors, and consolidated.00.pth of the dense models.
+MISTRAL = NameTable(
+    title="Mistral",
+    tok_embeddings="tok_embeddings.weight",
+    norm="norm.weight",
+    output="output.weight",
+    layer="layers.{layer}.",
+    attention={w: f"attention.{w}.weight" for w in ("wq", "wk", "wv", "wo")},
+    attention_norm="attention_norm.weight",
+    ffn_norm="ffn_norm.weight",
+    dense={w: f"feed_forward.{w}.weight" for w in ("w1", "w2", "w3")},
+    gate="feed_forward.gate.weight",
+    experts={w: f"feed_forward.experts.{{expert}}.{w}.weight" for w in ("w1", "w2", "w3")},
+    expert_form="each",
+    rope_pairs="neighbours",
+    fields={
+        "dim": "dim", "vocab_size": "vocab_size", "head_dim": "head_dim",
+        "hidden_dim": "hidden_dim", "n_heads": "n_heads", "n_kv_heads": "n_kv_heads",
+        "n_layers": "n_layers", "num_experts": "moe.num_experts",
+        "tie_embeddings": "tied_embeddings",
+    },
+)  # fmt: skip
 
+# The torrent of December 2023: consolidated.00.pt to consolidated.07.pt.
+TORRENT = replace(
+    MISTRAL,
+    title="Mistral, as in the torrent",
+    gate="block_sparse_moe.gate.weight",
+    experts={w: f"block_sparse_moe.{w}" for w in ("w1", "w2", "w3")},
+    expert_form="flat",
+)
 
-def _map_hf_experts(config: ModelConfig, theirs: str, ours: str) -> NamedTensors:
-    experts = _count_experts(config)
-    yield _map_gate(config, f"{theirs}.block_sparse_moe", ours)
-    for expert in range(experts.size):
-        for matrix in ("w1", "w2", "w3"):
-            part = Part(f"{ours}.feed_forward.experts.{matrix}", expert=expert)
-            name = f"{theirs}{_HF_EXPERTS}{expert}.{matrix}.weight"
-            yield name, ExpectedTensor(_matrix_dims(config, matrix), (part,))
+# llama.cpp's architecture "llama", which all of this family are written as.
+GGUF = NameTable(
+    title="GGUF",
+    tok_embeddings="token_embd.weight",
+    norm="output_norm.weight",
+    output="output.weight",
+    layer="blk.{layer}.",
+    attention={
+        "wq": "attn_q.weight", "wk": "attn_k.weight", "wv": "attn_v.weight",
+        "wo": "attn_output.weight",
+    },
+    attention_norm="attn_norm.weight",
+    ffn_norm="ffn_norm.weight",
+    dense={"w1": "ffn_gate.weight", "w2": "ffn_down.weight", "w3": "ffn_up.weight"},
+    gate="ffn_gate_inp.weight",
+    experts={
+        "w1": "ffn_gate_exps.weight", "w2": "ffn_down_exps.weight", "w3": "ffn_up_exps.weight",
+    },
+    expert_form="stacked",
+    rope_pairs="neighbours",
+    fields={
+        "dim": "llama.embedding_length", "vocab_size": "llama.vocab_size",
+        "head_dim": "llama.attention.key_length", "hidden_dim": "llama.feed_forward_length",
+        "n_heads": "llama.attention.head_count", "n_kv_heads": "llama.attention.head_count_kv",
+        "n_layers": "llama.block_count", "num_experts": "llama.expert_count",
+        "tie_embeddings": "that the embeddings are tied",
+    },
+    derived="rope_freqs.weight",
+)  # fmt: skip
 
-
-def _map_hf_fused_experts(config: ModelConfig, theirs: str, ours: str) -> NamedTensors:
-    experts, hidden = _count_experts(config), config.hidden_dim
-    dim = Dim("hidden_size", config.dim)
-    stack = f"{ours}.feed_forward.experts"
-    yield _map_gate(config, f"{theirs}.mlp", ours)
-    gate_up = (
-        Part(f"{stack}.w1", rows=slice(0, hidden)),
-        Part(f"{stack}.w3", rows=slice(hidden, 2 * hidden)),
-    )
-    gate_up_dims = (experts, Dim("2 * intermediate_size", 2 * hidden), dim)
-    yield f"{theirs}.mlp.experts.gate_up_proj", ExpectedTensor(gate_up_dims, gate_up)
-    down_dims = (experts, *_matrix_dims(config, "w2"))
-    yield f"{theirs}.mlp.experts.down_proj", _whole(f"{stack}.w2", *down_dims)
-
-
-def _map_gate(config: ModelConfig, theirs: str, ours: str) -> tuple[str, ExpectedTensor]:
-    dims = _count_experts(config), Dim("hidden_size", config.dim)
-    return f"{theirs}.gate.weight", _whole(f"{ours}.feed_forward.gate.weight", *dims)
-
-
-def _count_experts(config: ModelConfig) -> Dim:
-    assert config.moe is not None, config
-    return Dim("num_local_experts", config.moe.num_experts)
-
-
-def _matrix_dims(config: ModelConfig, matrix: str) -> tuple[Dim, Dim]:
-    """w1 and w3 are (F, D), w2 is (D, F)."""
-    hidden, dim = Dim("intermediate_size", config.hidden_dim), Dim("hidden_size", config.dim)
-    return (dim, hidden) if matrix == "w2" else (hidden, dim)
+# Files that llama.cpp wrote before April 2024.
+GGUF_EACH = replace(
+    GGUF,
+    title="GGUF, one tensor per expert",
+    experts={
+        "w1": "ffn_gate.{expert}.weight", "w2": "ffn_down.{expert}.weight",
+        "w3": "ffn_up.{expert}.weight",
+    },
+    expert_form="each",
+)  # fmt: skip

@@ -1,26 +1,32 @@
-"""A model into a Hugging Face folder that transformers 4 and 5, and tramontane, read.
+"""Models into folders: Hugging Face's, which transformers 4 and 5 read, and Mistral's own.
 
-The folder is complete or unchanged, whenever the process is killed (`atomic.py`).
+A folder is complete or unchanged, whenever the process is killed (`atomic.py`). Values are
+converted and written one tensor at a time, from a model or from another checkpoint.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from tramontane.atomic import atomic_folder
-from tramontane.checkpoint.hf import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
-from tramontane.checkpoint.names import ExpectedTensor, map_hf
+from tramontane.checkpoint import hf, mistral
+from tramontane.checkpoint.assembly import Assembly, convert_values
+from tramontane.checkpoint.names import HF, MISTRAL, NameTable
+from tramontane.checkpoint.parameters import Parameters, ParametersInMemory
 from tramontane.checkpoint.safetensors_file import write_tensors
+from tramontane.config import ModelConfig
 from tramontane.errors import CheckpointError
 from tramontane.models.transformer import Transformer
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 MAX_SHARD_BYTES = 5 * 10**9
 _SMALL_FILES_BYTES = 2**20  # headers and JSON files, estimated from above
+
+OnTensor = Callable[[str, int], None]  # called with the name and the bytes of each tensor written
 
 
 class FolderWriter(Protocol):
@@ -40,73 +46,150 @@ def save_model(
     extra_files: Mapping[str, str] = {},
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write `model` to `folder` in `dtype`, with its tokenizer and `extra_files` (name -> text).
+    """Write `model` to a Hugging Face folder in `dtype`, with its tokenizer and `extra_files`.
 
     A folder that is there is replaced, as a whole and at the end. Raises CapacityError when the
     disk does not suffice and CheckpointError when `folder` cannot be written to, or when the model
     has parameters that this layout has no names for.
     """
-    tensors = _name_tensors(model)
-    total = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
-    with atomic_folder(folder, bytes_needed=total + _SMALL_FILES_BYTES) as new:
-        _write_weights(new, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes)
-        config = model.config.to_hf(dtype=str(dtype).removeprefix("torch."))
-        _write_json(new / CONFIG_FILE, config)
-        generation = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
-        _write_json(new / GENERATION_CONFIG_FILE, generation)
-        if tokenizer is not None:
-            tokenizer.save(new)
-        for name, text in extra_files.items():
-            (new / name).write_text(text, encoding="utf-8")
-
-
-def _name_tensors(model: Transformer) -> dict[str, Tensor]:
-    """The tensors to store, under their foreign names; experts are views of their stack."""
-    parameters = model.state_dict()
-    expected = map_hf(model.config)
+    state = model.state_dict()
+    expected = HF.map_tensors(model.config)
     known = {part.parameter for tensor in expected.values() for part in tensor.parts}
-    if nameless := sorted(set(parameters) - known):
+    if nameless := sorted(set(state) - known):
         raise CheckpointError(
             f"a Hugging Face folder has no names for {nameless}; merge or remove them before saving"
         )
-    kept = {name: tensor for name, tensor in expected.items() if not tensor.is_optional}
-    return {name: _extract(parameters, tensor) for name, tensor in kept.items()}
+    write_hf(
+        ParametersInMemory(state),
+        model.config,
+        folder,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        extra_files={name: text.encode() for name, text in extra_files.items()},
+        max_shard_bytes=max_shard_bytes,
+    )
 
 
-def _extract(parameters: Mapping[str, Tensor], expected: ExpectedTensor) -> Tensor:
-    (part,) = expected.parts
-    values = parameters[part.parameter]
-    return values if part.expert is None else values[part.expert]
-
-
-def _write_weights(
-    folder: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, max_shard_bytes: int
+def write_hf(
+    parameters: Parameters,
+    config: ModelConfig,
+    folder: Path | str,
+    *,
+    dtype: torch.dtype,
+    tokenizer: FolderWriter | None = None,
+    extra_files: Mapping[str, bytes] = {},
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    on_tensor: OnTensor | None = None,
 ) -> None:
-    """One file, or shards of at most `max_shard_bytes` of tensors (or one tensor) and an index."""
-    shards = _split_shards(tensors, max_bytes=max_shard_bytes, itemsize=dtype.itemsize)
-    if len(shards) == 1:
-        write_tensors(folder / SINGLE_FILE, shards[0], dtype=dtype)
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(folder / name, shard, dtype=dtype)
-        weight_map |= dict.fromkeys(shard, name)
-    total = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
-    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    """Write a Hugging Face folder; see `save_model`. `extra_files` are file name -> content."""
+    values = config.to_hf(dtype=str(dtype).removeprefix("torch."))
+    generation = {key: values[key] for key in ("bos_token_id", "eos_token_id")}
+    files = {hf.CONFIG_FILE: values, GENERATION_CONFIG_FILE: generation}
+    _write_folder(
+        Assembly(HF, config, parameters),
+        Path(folder),
+        dtype=dtype,
+        stem=hf.SINGLE_FILE.removesuffix(".safetensors"),
+        json_files=files,
+        tokenizer=tokenizer,
+        extra_files=extra_files,
+        max_shard_bytes=max_shard_bytes,
+        on_tensor=on_tensor,
+    )
+
+
+def write_mistral(
+    parameters: Parameters,
+    config: ModelConfig,
+    folder: Path | str,
+    *,
+    dtype: torch.dtype,
+    tokenizer: FolderWriter | None = None,
+    extra_files: Mapping[str, bytes] = {},
+    table: NameTable = MISTRAL,
+    on_tensor: OnTensor | None = None,
+) -> None:
+    """Write Mistral's folder, params.json and consolidated.safetensors; errors as `save_model`.
+
+    `table` may be that of the torrent, whose experts lie stacked.
+    """
+    _write_folder(
+        Assembly(table, config, parameters),
+        Path(folder),
+        dtype=dtype,
+        stem=mistral.WEIGHTS_FILE.removesuffix(".safetensors"),
+        json_files={mistral.CONFIG_FILE: mistral.write_params(config)},
+        tokenizer=tokenizer,
+        extra_files=extra_files,
+        max_shard_bytes=None,  # mistral-inference reads one file
+        on_tensor=on_tensor,
+    )
+
+
+def _write_folder(
+    assembly: Assembly,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    stem: str,
+    json_files: Mapping[str, Mapping[str, Any]],
+    tokenizer: FolderWriter | None,
+    extra_files: Mapping[str, bytes],
+    max_shard_bytes: int | None,
+    on_tensor: OnTensor | None,
+) -> None:
+    shapes = assembly.list_shapes()
+    total = sum(map(prod, shapes.values())) * dtype.itemsize
+    needed = total + sum(map(len, extra_files.values())) + _SMALL_FILES_BYTES
+    with atomic_folder(folder, bytes_needed=needed) as new:
+        shards = _split_shards(shapes, max_bytes=max_shard_bytes or total, itemsize=dtype.itemsize)
+        weight_map: dict[str, str] = {}
+        for number, shard in enumerate(shards, start=1):
+            name = f"{stem}.safetensors"
+            if len(shards) > 1:
+                name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+            _write_shard(new / name, assembly, shard, dtype=dtype, on_tensor=on_tensor)
+            weight_map |= dict.fromkeys(shard, name)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            _write_json(new / f"{stem}.safetensors.index.json", index)
+        for name, values in json_files.items():
+            _write_json(new / name, values)
+        if tokenizer is not None:
+            tokenizer.save(new)
+        for name, content in extra_files.items():
+            (new / name).write_bytes(content)
+
+
+def _write_shard(
+    path: Path,
+    assembly: Assembly,
+    shapes: Mapping[str, Sequence[int]],
+    *,
+    dtype: torch.dtype,
+    on_tensor: OnTensor | None,
+) -> None:
+    def build(name: str) -> torch.Tensor:
+        values = convert_values(assembly.build(name), dtype, name=name)
+        if on_tensor is not None:
+            on_tensor(name, values.numel() * values.element_size())
+        return values
+
+    write_tensors(path, shapes, build, dtype=dtype)
 
 
 def _split_shards(
-    tensors: Mapping[str, Tensor], *, max_bytes: int, itemsize: int
-) -> list[dict[str, Tensor]]:
-    shards: list[dict[str, Tensor]] = [{}]
+    shapes: Mapping[str, tuple[int, ...]], *, max_bytes: int, itemsize: int
+) -> list[dict[str, tuple[int, ...]]]:
+    """Shards of at most `max_bytes` of tensors, or of one tensor."""
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
     used = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * itemsize
+    for name, shape in shapes.items():
+        size = prod(shape) * itemsize
         if shards[-1] and used + size > max_bytes:
             shards.append({})
             used = 0
-        shards[-1][name] = tensor
+        shards[-1][name] = shape
         used += size
     return shards
 

@@ -1,0 +1,93 @@
+"""One model in every layout, as its users have them on disk."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import torch
+
+from tests.oracles.hf import to_hf_model
+from tramontane.checkpoint.assembly import Assembly
+from tramontane.checkpoint.gguf import describe_for_gguf
+from tramontane.checkpoint.gguf_writer import write_gguf
+from tramontane.checkpoint.mistral import write_params
+from tramontane.checkpoint.names import GGUF_EACH, TORRENT, NameTable
+from tramontane.checkpoint.parameters import ParametersInMemory
+from tramontane.checkpoint.writer import save_model, write_mistral
+from tramontane.models.transformer import Transformer
+
+NUM_TORRENT_SHARDS = 8
+
+
+def list_tensors(model: Transformer, table: NameTable) -> dict[str, torch.Tensor]:
+    """The model's tensors under the names of a table, in their foreign form."""
+    assembly = Assembly(table, model.config, ParametersInMemory(model.state_dict()))
+    return {name: assembly.build(name).contiguous() for name in assembly.list_shapes()}
+
+
+def save_hf(model: Transformer, folder: Path) -> Path:
+    save_model(model, folder, dtype=torch.float32)
+    return folder
+
+
+def save_hf_sharded(model: Transformer, folder: Path) -> Path:
+    save_model(model, folder, dtype=torch.float32, max_shard_bytes=100_000)
+    return folder
+
+
+def save_hf_fused(model: Transformer, folder: Path) -> Path:
+    """As transformers 5 has it in memory."""
+    to_hf_model(model).save_pretrained(folder, save_original_format=False)
+    return folder
+
+
+def save_mistral(model: Transformer, folder: Path) -> Path:
+    state = ParametersInMemory(model.state_dict())
+    write_mistral(state, model.config, folder, dtype=torch.float32)
+    return folder
+
+
+def save_torrent(model: Transformer, folder: Path) -> Path:
+    """params.json and eight consolidated.NN.pt, each with some of the tensors."""
+    folder.mkdir()
+    tensors = list(list_tensors(model, TORRENT).items())
+    for shard in range(NUM_TORRENT_SHARDS):
+        part = dict(tensors[shard::NUM_TORRENT_SHARDS])
+        torch.save(part, folder / f"consolidated.{shard:02d}.pt")
+    (folder / "params.json").write_text(json.dumps(write_params(model.config)))
+    return folder
+
+
+def save_gguf(model: Transformer, folder: Path, *, encoding: str = "F32") -> Path:
+    folder.mkdir()
+    state = ParametersInMemory(model.state_dict())
+    write_gguf(state, model.config, folder / "model.gguf", encoding=encoding)
+    return folder / "model.gguf"
+
+
+def save_gguf_each(model: Transformer, folder: Path) -> Path:
+    """As llama.cpp wrote before April 2024: one tensor for each expert."""
+    folder.mkdir()
+    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    for key, value in describe_for_gguf(model.config).items():
+        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add(key, value)
+    for name, tensor in list_tensors(model, GGUF_EACH).items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "model.gguf"
+
+
+LAYOUTS: dict[str, Callable[[Transformer, Path], Path]] = {
+    "Hugging Face": save_hf,
+    "Hugging Face, sharded": save_hf_sharded,
+    "Hugging Face, fused experts": save_hf_fused,
+    "Mistral": save_mistral,
+    "torrent": save_torrent,
+    "GGUF": save_gguf,
+    "GGUF, one tensor per expert": save_gguf_each,
+}

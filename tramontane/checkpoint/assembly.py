@@ -1,0 +1,48 @@
+"""The tensors of a layout, put together from our parameters as a writer asks for them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tramontane.checkpoint.names import ExpectedTensor, NameTable
+from tramontane.checkpoint.parameters import Parameters
+from tramontane.config import ModelConfig
+from tramontane.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """All tensors of a checkpoint of `config` under the names of `table`, in their order on disk.
+
+    The experts of a matrix follow one another, so that a stack can be mapped as it lies.
+    """
+
+    table: NameTable
+    config: ModelConfig
+    parameters: Parameters
+
+    def list_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape by name; a tied head is not there."""
+        return {name: tensor.shape for name, tensor in self._expected.items()}
+
+    def build(self, name: str) -> Tensor:
+        """The values of one tensor, a view where that is possible."""
+        (part,) = self._expected[name].parts
+        return part.change.to_theirs(self.parameters.read(part.parameter, part.expert))
+
+    @cached_property
+    def _expected(self) -> dict[str, ExpectedTensor]:
+        expected = self.table.map_tensors(self.config)
+        return {name: tensor for name, tensor in expected.items() if not tensor.is_optional}
+
+
+def convert_values(values: Tensor, dtype: torch.dtype, *, name: str) -> Tensor:
+    """In `dtype`. Raises CheckpointError where fp16 has no such number."""
+    converted = values.to(device="cpu", dtype=dtype)
+    if dtype == torch.float16 and values.dtype != dtype and not converted.isfinite().all():
+        raise CheckpointError(
+            f"{name} has values beyond fp16 ({values.abs().max().item():g}); write BF16 or F32"
+        )
+    return converted

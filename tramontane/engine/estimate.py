@@ -1,0 +1,94 @@
+"""How much memory a model needs, from its configuration alone: before any download or load.
+
+weights + keys and values of all tokens + what one forward pass holds at a time.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tramontane.config import ModelConfig
+from tramontane.errors import ConfigError, RequestError
+
+Quant = Literal["none", "int8", "int4"]
+
+# Bytes per 32 values of a matrix: their bits, and one 2-byte scale (as GGUF's Q8_0 and Q4_0).
+_BYTES_PER_GROUP = {"int8": 34, "int4": 18}
+_GROUP = 32
+PREFILL_TOKENS = 512  # of one forward pass
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of each part."""
+
+    weights: int
+    kv_cache: int
+    scratch: int
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return self.weights + self.kv_cache + self.scratch
+
+
+def estimate_memory(
+    config: ModelConfig,
+    *,
+    quant: Quant = "none",
+    bytes_per_value: int = 2,
+    context: int | None = None,
+    batch: int = 1,
+) -> MemoryEstimate:
+    """Memory to run `config` with `batch` sequences of `context` tokens (None: its longest).
+
+    `bytes_per_value` is that of weights and cache, 2 for bf16. `quant` packs the matrices of
+    attention and experts in groups of 32; router, norms, embeddings and head stay as they are.
+    Raises RequestError on a context beyond the model's, ConfigError on rows that do not fit groups.
+    """
+    context = config.max_seq_len if context is None else context
+    if not 0 < context <= config.max_seq_len:
+        raise RequestError(
+            f"the context is {context:,} tokens; the model has 1 to {config.max_seq_len:,}"
+        )
+    if batch < 1:
+        raise RequestError(f"the batch is {batch}; it must be at least 1 sequence")
+    kept = min(context, config.sliding_window or context)
+    return MemoryEstimate(
+        weights=count_weight_bytes(config, quant=quant, bytes_per_value=bytes_per_value),
+        kv_cache=batch * kept * config.count_kv_bytes_per_token(bytes_per_value=bytes_per_value),
+        scratch=_count_scratch_bytes(
+            config, context=context, batch=batch, bytes_per_value=bytes_per_value
+        ),
+    )
+
+
+def count_weight_bytes(config: ModelConfig, *, quant: Quant, bytes_per_value: int = 2) -> int:
+    """Bytes of all weights: to the byte what a loaded model holds."""
+    total = config.count_parameters().total
+    if quant == "none":
+        return total * bytes_per_value
+    packed = count_packed_parameters(config)
+    rows = (config.dim, config.hidden_dim, config.n_heads * config.head_dim)
+    if wrong := [size for size in rows if size % _GROUP]:
+        raise ConfigError(f"rows of {wrong[0]} values cannot be packed in groups of {_GROUP}")
+    return (total - packed) * bytes_per_value + packed // _GROUP * _BYTES_PER_GROUP[quant]
+
+
+def count_packed_parameters(config: ModelConfig) -> int:
+    """Parameters in the matrices of attention and of experts (or the dense network)."""
+    attention = 2 * config.dim * config.head_dim * (config.n_heads + config.n_kv_heads)
+    num_experts = config.moe.num_experts if config.moe else 1
+    return config.n_layers * (attention + num_experts * 3 * config.dim * config.hidden_dim)
+
+
+def _count_scratch_bytes(
+    config: ModelConfig, *, context: int, batch: int, bytes_per_value: int
+) -> int:
+    """What one layer and the head hold at a time, for a chunk of a prompt or a decode step."""
+    tokens = max(batch, min(context, PREFILL_TOKENS))
+    copies = config.moe.num_experts_per_tok if config.moe else 1
+    heads = config.n_heads + 2 * config.n_kv_heads
+    per_token = 4 * config.dim + heads * config.head_dim
+    per_token += copies * (2 * config.dim + 3 * config.hidden_dim)
+    scores = config.n_heads * min(tokens, 256) * context * 4
+    return tokens * per_token * bytes_per_value + scores + 2 * batch * config.vocab_size * 4
