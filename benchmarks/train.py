@@ -31,7 +31,7 @@ from tramontane.data.packing import PackedBatch, PackedStream
 from tramontane.data.sources import parse_source
 from tramontane.data.token_files import prepare_token_files
 from tramontane.models.transformer import build_model
-from tramontane.tokenizer.tokenizer import Tokenizer
+from tramontane.tokenizer.loading import load_tokenizer
 from tramontane.train.initialization import initialize_weights
 from tramontane.train.losses import compute_load_balancing_loss, compute_next_token_loss
 from tramontane.train.memory import keep_compiled_products, keep_freed_memory
@@ -155,7 +155,7 @@ def read_batches(paths: list[str], count: int) -> list[PackedBatch]:
     """Rows as transformers sees them: one segment per row, its last token without a target."""
     sources = [parse_source(path) for path in paths]
     with tempfile.TemporaryDirectory() as folder:
-        prepared = prepare_token_files(sources, Tokenizer.from_folder(BUNDLED), folder)
+        prepared = prepare_token_files(sources, load_tokenizer(BUNDLED), folder)
         files = {domain: file for (domain, split), file in prepared.items() if split == "train"}
         weights = {source.domain: source.weight for source in sources}
         stream = PackedStream(files, weights, seq_len=SEQ_LEN, batch_size=ROWS, seed=0)

@@ -6,7 +6,7 @@ import pytest
 
 from tests.data.files import make_stories, write_records
 from tramontane.cli.main import run_command
-from tramontane.tokenizer.tokenizer import Tokenizer
+from tramontane.tokenizer.loading import load_tokenizer
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def test_a_tokenizer_is_trained_and_saved(
     out = tmp_path / "new" / "tokenizer"
     sizes = ["--vocab-size", "280", "--sample-chars", "3000"]
     assert run_command(["tokenizer", "train", f"t={stories}:2", "--out", str(out), *sizes]) == 0
-    assert Tokenizer.from_folder(out).vocab_size == 280
+    assert load_tokenizer(out).vocab_size == 280
     assert "bytes per token" in capsys.readouterr().err
 
 

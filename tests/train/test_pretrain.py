@@ -14,7 +14,7 @@ from tests.tiny import make_config, make_model
 from tramontane.checkpoint.loader import load_model
 from tramontane.data.token_files import TokenFile
 from tramontane.errors import CheckpointError, ConfigError, DataError
-from tramontane.tokenizer.tokenizer import Tokenizer
+from tramontane.tokenizer.loading import load_tokenizer
 from tramontane.train.held_out import measure_held_out
 from tramontane.train.initialization import initialize_weights
 from tramontane.train.loop import StepReport
@@ -69,7 +69,7 @@ def test_text_becomes_a_model_that_loads(settings: dict[str, Any]) -> None:
     folder = pretrain(load_pretrain_config(None, settings), recorder)
     assert folder is not None
     model = load_model(folder)
-    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer = load_tokenizer(folder)
     assert model.config.vocab_size == tokenizer.vocab_size == 290
     assert model.norm.weight.dtype == torch.bfloat16
     assert recorder.reports[-1].loss < recorder.reports[0].loss
@@ -214,7 +214,7 @@ def test_going_on_from_a_model(settings: dict[str, Any], tmp_path: Path) -> None
     second = pretrain(load_pretrain_config(None, again), recorder)
     assert second is not None
     assert recorder.reports[0].loss < 5.0  # a random model has log(290) = 5.7
-    assert Tokenizer.from_folder(second).to_json() == Tokenizer.from_folder(first).to_json()
+    assert load_tokenizer(second).to_json() == load_tokenizer(first).to_json()
     stages = json.loads((second / "training.json").read_text())["stages"]
     assert [(stage["steps"], stage["seed"]) for stage in stages] == [(6, 1), (6, 2)]
     assert stages[0] == json.loads((first / "training.json").read_text())["stages"][0]

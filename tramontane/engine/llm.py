@@ -11,7 +11,8 @@ from typing import Self, overload
 
 import torch
 
-from tramontane.checkpoint.loader import load_model
+from tramontane.checkpoint.intake import open_checkpoint
+from tramontane.checkpoint.loader import fill_model
 from tramontane.config import ModelConfig
 from tramontane.engine.bundled import find_bundled_model
 from tramontane.engine.completion import Completion, TextPiece
@@ -20,6 +21,7 @@ from tramontane.engine.generation_config import GenerationConfig, load_generatio
 from tramontane.engine.sampling_params import SamplingParams
 from tramontane.engine.sequence import Sequence
 from tramontane.engine.text_output import TextOutput
+from tramontane.engine.vocabulary import require_tokenizer
 from tramontane.errors import CheckpointError, RequestError
 from tramontane.models.transformer import Transformer
 from tramontane.tokenizer.stream import IncrementalDecoder
@@ -59,7 +61,7 @@ class TextStream:
 class LLM:
     """A model, its tokenizer and an engine. Without `model`, the bundled one.
 
-    `model` is a folder; `dtype` is that of the weights as stored unless given. `origin` says where
+    `model` is a folder or file in any layout; `dtype` is that of the weights as stored unless given. `origin` says where
     they are from. Raises CheckpointError, ConfigError or TokenizerError, naming file and remedy.
     """
 
@@ -72,11 +74,13 @@ class LLM:
         max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
         max_num_seqs: int = MAX_NUM_SEQS,
     ) -> None:
-        folder = find_bundled_model() if model is None else Path(model)
-        self.origin = str(folder)
-        self.model = load_model(folder, dtype=dtype, device=device)
-        self.tokenizer = Tokenizer.from_folder(folder)
-        self.generation_config = load_generation_config(folder, eos_id=self.tokenizer.eos_id)
+        checkpoint = open_checkpoint(find_bundled_model() if model is None else model)
+        self.origin = str(checkpoint.contents.path)
+        self.tokenizer = require_tokenizer(checkpoint)
+        self.model = fill_model(checkpoint, dtype=dtype, device=device)
+        self.generation_config = load_generation_config(
+            checkpoint.contents.folder, eos_id=self.tokenizer.eos_id
+        )
         self._engine = self._build_engine(
             max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs
         )

@@ -1,14 +1,12 @@
-"""Byte-level BPE behind a small interface: every string has ids, and they decode to that string.
+"""What every tokenizer does: text to ids, ids to bytes. Its backends: json_tokenizer.py (the
+`tokenizers` library), sentence_piece.py (SentencePiece); loading.py finds which one a folder has.
 
 Control tokens are added by id alone: their names in a text ("</s>") are encoded as plain text.
 """
 
-import json
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
-
-import tokenizers
 
 from tramontane.errors import TokenizerError
 
@@ -16,51 +14,41 @@ UNK_TOKEN = "<unk>"
 BOS_TOKEN = "<s>"
 EOS_TOKEN = "</s>"
 CONTROL_TOKENS = (UNK_TOKEN, BOS_TOKEN, EOS_TOKEN)  # ids 0, 1, 2, as in Mistral's vocabulary
-TOKENIZER_FILE = "tokenizer.json"
-
-_SPECIAL_TOKENS_MAP = {"unk_token": UNK_TOKEN, "bos_token": BOS_TOKEN, "eos_token": EOS_TOKEN}
-_TRANSFORMERS_CONFIG = _SPECIAL_TOKENS_MAP | {
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    "clean_up_tokenization_spaces": False,
-    # Control-token names in a text stay plain text in transformers too.
-    "split_special_tokens": True,
-}
+SPACE_MARK = "\u2581"  # how SentencePiece writes a space within a piece
 
 
-class Tokenizer:
-    """A byte-level BPE vocabulary. `bos_id` starts a text, `eos_id` ends it."""
+class Tokenizer(ABC):
+    """A vocabulary. `bos_id` starts a text, `eos_id` ends it; `unk_id` is None where there is none.
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, origin: str = "tokenizer") -> None:
-        """Wraps `backend`; `origin` names it in errors. Raises TokenizerError."""
-        _require_byte_level(backend, origin)
-        # Names of control tokens in a text are text; tokenizer.json does not keep this setting.
-        backend.encode_special_tokens = True
-        self._backend = backend
-        self.vocab_size: int = backend.get_vocab_size()
-        self.unk_id, self.bos_id, self.eos_id = (
-            _control_id(backend, name, origin) for name in CONTROL_TOKENS
-        )
-        self._bytes_of_token = _list_token_bytes(backend, origin)
+    `control_ids` are the tokens no text spells, by name. `adds_bos` is False where a model was
+    trained on texts without `bos_id` (GGUF says so). SentencePiece puts a space before each text,
+    so that a word is the same token wherever it stands: then `adds_prefix_space` is True, and
+    `decode` takes that space away again.
+    """
 
-    @classmethod
-    def from_file(cls, path: str | Path) -> Self:
-        """Reads a `tokenizer.json`. Raises TokenizerError if there is none of byte-level BPE."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise TokenizerError(f"{path}: cannot read the tokenizer ({error})") from error
-        return cls(_parse_backend(text, origin=str(path)), origin=str(path))
+    adds_bos = True
+    adds_prefix_space = False
 
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> Self:
-        """Reads `tokenizer.json` of a model folder. Raises TokenizerError."""
-        path = Path(folder) / TOKENIZER_FILE
-        if not path.is_file():
-            raise TokenizerError(
-                f"{folder} holds no {TOKENIZER_FILE}: name a model folder, or make one with "
-                f"`tramontane tokenizer train`"
-            )
-        return cls.from_file(path)
+    def __init__(
+        self, token_bytes: Sequence[bytes], control_ids: Mapping[str, int], *,
+        unk_id: int | None, bos_id: int, eos_id: int,
+    ) -> None:  # fmt: skip
+        """`token_bytes` holds the bytes of each id, none for a control token."""
+        self.vocab_size = len(token_bytes)
+        self.control_ids = dict(control_ids)
+        self.unk_id, self.bos_id, self.eos_id = unk_id, bos_id, eos_id
+        self._bytes_of_token = token_bytes
+        self._never_text = frozenset(control_ids.values())
+
+    @property
+    def bos_token(self) -> str:
+        """The name of `bos_id`, as templates write it."""
+        return self._name_control(self.bos_id)
+
+    @property
+    def eos_token(self) -> str:
+        """The name of `eos_id`."""
+        return self._name_control(self.eos_id)
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Token ids of `text`, whose ids never include a control token but the ones asked for.
@@ -74,15 +62,31 @@ class Tokenizer:
         """Token ids of each text, no control tokens, on all processors. Raises TokenizerError."""
         for text in texts:
             _require_encodable(text)
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return [self._require_text(ids) for ids in self._encode_texts(texts)]
+
+    def encode_after_control(self, text: str) -> list[int]:
+        """Token ids of `text` where a control token precedes it. Raises TokenizerError.
+
+        As `encode`, but for vocabularies that put their space before the first text alone.
+        """
+        return self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; control tokens are silent, bytes that are no UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        """The text of `ids`; control tokens are silent, bytes that are no UTF-8 become U+FFFD.
+
+        `decode(encode(text)) == text`, but for what a vocabulary itself does not tell apart:
+        SentencePiece writes a space as U+2581, so a U+2581 in a text comes back as a space.
+        """
+        data = self.decode_bytes(ids)
+        if self.starts_with_prefix_space(ids):
+            data = data[1:]
+        return data.decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The bytes of `ids`. Raises TokenizerError for an id outside the vocabulary."""
+        """The bytes of `ids`, the prefix space included. Of parts: the parts of the bytes.
+
+        Raises TokenizerError for an id outside the vocabulary.
+        """
         if len(ids) and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
             raise TokenizerError(
@@ -90,44 +94,43 @@ class Tokenizer:
             )
         return b"".join([self._bytes_of_token[token_id] for token_id in ids])
 
+    def starts_with_prefix_space(self, ids: Sequence[int]) -> bool:
+        """Whether the first byte of `ids` is the space that `encode` puts before a text."""
+        if not self.adds_prefix_space:
+            return False
+        first = next((i for i in ids if self._bytes_of_token[i]), None)
+        return first is not None and self._is_spaced(first)
+
+    @abstractmethod
     def to_json(self) -> str:
-        """The content of `tokenizer.json`: tokenizers are the same exactly when this is equal."""
-        return self._backend.to_str(pretty=True)
+        """A description of the vocabulary: tokenizers are the same exactly when it is equal."""
 
+    @abstractmethod
     def save(self, folder: str | Path) -> None:
-        """Writes into `folder` what `transformers.AutoTokenizer` needs to give equal ids."""
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        files = {
-            TOKENIZER_FILE: self.to_json(),
-            "tokenizer_config.json": json.dumps(_TRANSFORMERS_CONFIG, indent=2),
-            "special_tokens_map.json": json.dumps(_SPECIAL_TOKENS_MAP, indent=2),
-        }
-        for name, content in files.items():
-            (target / name).write_text(content + "\n", encoding="utf-8")
+        """Writes into `folder` the files that `load_tokenizer` and transformers read."""
 
+    @abstractmethod
+    def describe_pieces(self) -> list[str]:
+        """Each id's piece as the vocabulary's file writes it."""
 
-def _parse_backend(text: str, *, origin: str) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing more specific than Exception
-        raise TokenizerError(f"{origin} is not a tokenizer.json: {error}") from error
+    @abstractmethod
+    def _encode_texts(self, texts: Sequence[str]) -> list[list[int]]: ...
 
+    def _is_spaced(self, token_id: int) -> bool:
+        return self._bytes_of_token[token_id].startswith(b" ")
 
-def _require_byte_level(backend: tokenizers.Tokenizer, origin: str) -> None:
-    model, decoder = type(backend.model).__name__, type(backend.decoder).__name__
-    if (model, decoder) != ("BPE", "ByteLevel"):
-        raise TokenizerError(
-            f"{origin} has model {model} and decoder {decoder}; only byte-level BPE "
-            f"(BPE and ByteLevel) is supported"
-        )
+    def _name_control(self, token_id: int) -> str:
+        return next(name for name, i in self.control_ids.items() if i == token_id)
 
-
-def _control_id(backend: tokenizers.Tokenizer, name: str, origin: str) -> int:
-    token_id = backend.token_to_id(name)
-    if token_id is None:
-        raise TokenizerError(f"{origin} lacks the control token {name!r}")
-    return token_id
+    def _require_text(self, ids: list[int]) -> list[int]:
+        """A last check that holds whatever a vocabulary's file says: text is never control."""
+        if not self._never_text.isdisjoint(ids):
+            wrong = next(i for i in ids if i in self._never_text)
+            raise TokenizerError(
+                f"this vocabulary can write a part of the text only as its control token "
+                f"{self._name_control(wrong)!r}: remove that from the text"
+            )
+        return ids
 
 
 def _require_encodable(text: str) -> None:
@@ -138,26 +141,3 @@ def _require_encodable(text: str) -> None:
             f"character {error.start} of the text is the lone surrogate "
             f"{text[error.start]!a}, which has no UTF-8 form: remove it"
         ) from error
-
-
-def _list_token_bytes(backend: tokenizers.Tokenizer, origin: str) -> list[bytes]:
-    """The bytes of each id; a control token has none, an added one those of its content."""
-    added = backend.get_added_tokens_decoder()
-    byte_of = _map_characters_to_bytes()
-    token_bytes = [b""] * backend.get_vocab_size()
-    try:
-        for piece, token_id in backend.get_vocab(with_added_tokens=False).items():
-            if token_id not in added:
-                token_bytes[token_id] = bytes(byte_of[character] for character in piece)
-        for token_id, token in added.items():
-            token_bytes[token_id] = b"" if token.special else token.content.encode("utf-8")
-    except (KeyError, IndexError) as error:
-        raise TokenizerError(f"{origin} has ids with gaps, or pieces that are not bytes") from error
-    return token_bytes
-
-
-def _map_characters_to_bytes() -> dict[str, int]:
-    """GPT-2's alphabet: a printable byte is its own character, the other 68 follow U+00FF."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(hidden)}

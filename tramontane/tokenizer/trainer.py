@@ -7,6 +7,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from tramontane.errors import ConfigError, TokenizerError
+from tramontane.tokenizer.json_tokenizer import JsonTokenizer
 from tramontane.tokenizer.tokenizer import BOS_TOKEN, CONTROL_TOKENS, Tokenizer
 
 MIN_VOCAB_SIZE = 256 + len(CONTROL_TOKENS)  # every byte, so that every string has ids
@@ -21,11 +22,12 @@ _PIECES = (
     "\\s+(?!\\S)",  # indentation, but for the space that belongs to the next word
     "\\s+",
 )
+TRAINED_PATTERN = "|".join(_PIECES)
 
 
 def train_tokenizer(
     texts: Iterable[str], *, vocab_size: int, show_progress: bool = False
-) -> Tokenizer:
+) -> JsonTokenizer:
     """Learns a vocabulary of exactly `vocab_size` tokens: control tokens, 256 bytes, and merges.
 
     Raises ConfigError if `vocab_size` is below MIN_VOCAB_SIZE, TokenizerError if the texts do not
@@ -47,7 +49,7 @@ def train_tokenizer(
             f"give more text, or a vocab_size of at most {reached}"
         )
     backend.post_processor = _add_bos(CONTROL_TOKENS.index(BOS_TOKEN))
-    return Tokenizer(backend)
+    return JsonTokenizer(backend)
 
 
 def measure_bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
@@ -62,7 +64,7 @@ def measure_bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float
 def _build_backend() -> tokenizers.Tokenizer:
     """An empty tokenizer without normaliser: what comes in comes out."""
     backend = tokenizers.Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(tokenizers.Regex("|".join(_PIECES)), behavior="isolated")
+    split = pre_tokenizers.Split(tokenizers.Regex(TRAINED_PATTERN), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     backend.decoder = decoders.ByteLevel()

@@ -22,6 +22,7 @@ from tramontane.data.sampling import sample_documents
 from tramontane.data.token_files import TokenFile, prepare_token_files
 from tramontane.errors import CheckpointError, ConfigError
 from tramontane.models.transformer import Transformer, build_model
+from tramontane.tokenizer.loading import load_tokenizer
 from tramontane.tokenizer.tokenizer import Tokenizer
 from tramontane.tokenizer.trainer import train_tokenizer
 from tramontane.train.checkpoint import RunFolder
@@ -84,14 +85,14 @@ def _prepare_tokenizer(config: PretrainConfig, folder: Path, observer: Observer)
     """The tokenizer of the run: kept in its folder, so that a resumed run has the same one."""
     if not folder.exists():
         if (source := config.tokenizer or config.init_from) is not None:
-            tokenizer = Tokenizer.from_folder(source)
+            tokenizer = load_tokenizer(source)
         else:
             observer.on_note(f"learning a vocabulary of {config.model.vocab_size} tokens")
             texts = sample_documents(config.parse_sources(), max_chars=TOKENIZER_SAMPLE_CHARS)
             tokenizer = train_tokenizer(texts, vocab_size=config.model.vocab_size)
         with atomic_folder(folder) as temporary:
             tokenizer.save(temporary)
-    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size != config.model.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's vocab_size is "
