@@ -33,11 +33,12 @@ ALLOWED = {
     "train": {"models", "nn", "kernels", "checkpoint", "adapters", "data", "tokenizer", "config",
               "atomic"},
     "eval": {"engine", "models", "checkpoint", "data", "tokenizer", "config"},
+    "hub": {"config", "atomic"},
     "server": {"engine.sequence", "tokenizer"},
     "cli": {"*"},
 }  # fmt: skip
 # Modules and packages that run without torch, and where an import inside a function may stand.
-TORCH_FREE = ("errors", "atomic", "config", "tokenizer", "server", "engine.sequence",
+TORCH_FREE = ("errors", "atomic", "config", "tokenizer", "hub", "server", "engine.sequence",
               "engine.block_manager", "engine.scheduler", "engine.sampling_params")  # fmt: skip
 MAY_IMPORT_LATE = ("tramontane/cli/", "tramontane/kernels/dispatch.py")
 MAX_LINES = 600
