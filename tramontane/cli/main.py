@@ -18,8 +18,13 @@ _VERBS = {
     "run": "Generate text from a prompt, from standard input, or in an interactive session.",
     "train": "Train a model on text.",
     "perplexity": "Score a model on held-out text, in bits per byte.",
+    "pull": "Fetch a model from the Hugging Face hub.",
+    "list": "List the models on this machine.",
+    "rm": "Remove a model from the hub's cache.",
+    "verify": "Check every byte of a model against checksums or a torrent.",
     "doctor": "Print the machine, the versions, and what they mean for speed.",
 }
+_PLACES = {"list": "list_models:list_models"}  # where a verb's name is not its function's
 _TOKENIZER_VERBS = {"train": "Train a byte-level BPE tokenizer on text."}
 
 
@@ -32,7 +37,8 @@ def build_app() -> App:
         suppress_keyboard_interrupt=False,  # run_command answers it
     )
     for verb, summary in _VERBS.items():
-        app.command(f"tramontane.cli.{verb}:{verb}", name=verb, help=summary)
+        place = _PLACES.get(verb, f"{verb}:{verb}")
+        app.command(f"tramontane.cli.{place}", name=verb, help=summary)
     tokenizer = App(name="tokenizer", help="Make tokenizers.")
     for verb, summary in _TOKENIZER_VERBS.items():
         tokenizer.command(f"tramontane.cli.tokenizer:{verb}", name=verb, help=summary)
