@@ -84,6 +84,9 @@ MALFORMED: dict[str, Malformed] = {
         "is not valid JSON",
     ),
     "wrapping shape": Malformed(_one(entry(0, 8, shape=[2**33, 2**33])), "w: shape"),
+    "empty shape that wraps": Malformed(
+        _one(entry(0, 0, shape=[2**33, 2**33, 0])), "w: shape [8589934592, 8589934592, 0]"
+    ),
     "negative shape": Malformed(_one(entry(0, 8, shape=[-1, -2])), "w: shape is [-1, -2]"),
     "shape of text": Malformed(_one(entry(0, 8, shape=["2"])), "w: shape is ['2']"),
     "shape is a number": Malformed(_one(entry(0, 8, shape=2)), "w: shape is 2"),

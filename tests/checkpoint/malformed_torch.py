@@ -252,7 +252,11 @@ HOSTILE: dict[str, Malformed] = {
     "shape of strings": Malformed(_w(tensor(shape=text("2") + b"\x85")), "of a tensor is ['2']"),
     "wrapping shape": Malformed(
         _w(tensor(shape=number(2**33) * 2 + b"\x86", strides=number(2**33) + number(1) + b"\x86")),
-        "w: shape [8589934592, 8589934592] at offset 0 needs more than the 2 values",
+        "the shape of a tensor is [8589934592, 8589934592], beyond any file",
+    ),
+    "shape of none, but no less": Malformed(
+        _w(tensor(shape=number(2**40) * 2 + number(0) + b"\x87", strides=number(1) * 3 + b"\x87")),
+        "the shape of a tensor is [1099511627776, 1099511627776, 0], beyond any file",
     ),
     "rank 1,000": Malformed(
         _w(tensor(shape=b"(" + number(1) * 1000 + b"t")), "the shape of a tensor is [1, 1, 1, 1"
@@ -272,8 +276,8 @@ HOSTILE: dict[str, Malformed] = {
     "storage larger than its member": Malformed(
         _w(tensor(storage(count=number(3)))), "w: its storage should have 3 values of 4 bytes, but"
     ),
-    "storage of 2^62 values": Malformed(
-        _w(tensor(storage(count=number(2**62)))), "should have 4,611,686,018,427,387,904 values"
+    "storage of 2^60 values": Malformed(
+        _w(tensor(storage(count=number(2**60)))), "should have 1,152,921,504,606,846,976 values"
     ),
     "storage of -1 values": Malformed(
         _w(tensor(storage(count=number(-1)))), "the number of values in a storage is [-1]"

@@ -6,19 +6,21 @@ end of its bytes), and the bytes. Everything in the header is checked before any
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tramontane.checkpoint.json_file import parse_json
 from tramontane.checkpoint.stored_tensor import DTYPE_NAMES, DTYPES, StoredTensor
+from tramontane.checkpoint.untrusted import MAX_RANK, check_name, is_countable, shorten
 from tramontane.errors import CheckpointError
 
+_ALIGNMENT = 64  # of the first tensor: a cache line, so that mapped values suit every kernel
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_MAX_RANK = 8
-_MAX_BYTES = 2**62
+_MAX_MARKS = 2**21  # of JSON's punctuation: some 160,000 tensors; beyond, memory would explode
 
 
 class _File(NamedTuple):
@@ -43,8 +45,14 @@ def read_table(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype) -> None:
-    """Write a safetensors file in the order given, converting one tensor at a time to `dtype`.
+def write_tensors(
+    path: Path,
+    shapes: Mapping[str, Sequence[int]],
+    build: Callable[[str], Tensor],
+    *,
+    dtype: torch.dtype,
+) -> None:
+    """Write a safetensors file in the order of `shapes`; `build` gives the values, one at a time.
 
     Raises CheckpointError on a dtype that `read_table` would refuse.
     """
@@ -52,28 +60,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dty
         raise CheckpointError(f"{path}: cannot store {dtype}; known are {sorted(DTYPES)}")
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.numel() * dtype.itemsize
-        entry = {"dtype": DTYPE_NAMES[dtype], "shape": list(tensor.shape)}
+    for name, shape in shapes.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        entry = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape)}
         header[name] = entry | {"data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # so that the data is aligned
+    encoded += b" " * (-(8 + len(encoded)) % _ALIGNMENT)
     with path.open("wb") as handle:
         handle.write(len(encoded).to_bytes(8, "little") + encoded)
-        for tensor in tensors.values():
-            _write_values(handle, tensor.detach().to(device="cpu", dtype=dtype))
-
-
-def parse_json(encoded: bytes, *, where: str) -> dict[str, Any]:
-    """A JSON object in which no key is there twice; CheckpointError says what is wrong `where`."""
-    try:
-        values = json.loads(encoded.decode(), object_pairs_hook=_refuse_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not valid JSON: {error}; incomplete download?") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{where} is a {type(values).__name__}, not a JSON object")
-    return values
+        for name, shape in shapes.items():
+            values = build(name)
+            assert (values.shape, values.dtype) == (torch.Size(shape), dtype), name
+            _write_values(handle, values)
 
 
 def _write_values(handle: BinaryIO, tensor: Tensor) -> None:
@@ -92,24 +91,21 @@ def _read_header(handle: BinaryIO, file: _File) -> tuple[dict[str, Any], int]:
             f"{file.path}: the header claims {length:,} bytes, the file has {file.num_bytes:,}; "
             "incomplete download, or not a safetensors file?"
         )
-    return parse_json(handle.read(length), where=f"the header of {file.path}"), 8 + length
-
-
-def _refuse_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values:
-            raise ValueError(f"{key!r} is there twice")
-        values[key] = value
-    return values
+    encoded = handle.read(length)
+    if (num_marks := sum(map(encoded.count, (b"{", b"[", b":", b",")))) > _MAX_MARKS:
+        raise CheckpointError(
+            f"{file.path}: the header has {num_marks:,} punctuation marks, far more than any model "
+            f"needs ({_MAX_MARKS:,} are read): a damaged file?"
+        )
+    return parse_json(encoded, where=f"the header of {file.path}"), 8 + length
 
 
 def _check_entry(name: str, entry: Any, *, file: _File, data_begin: int) -> StoredTensor:
-    where = f"{file.path}: {name}"
+    where = f"{file.path}: {check_name(name, where=f'{file.path}: the name of a tensor')}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: its entry is not one of dtype, shape and data_offsets")
     dtype = _check_dtype(entry["dtype"], where=where)
-    shape = _check_sizes(entry["shape"], where=f"{where}: shape", max_count=_MAX_RANK)
+    shape = _check_sizes(entry["shape"], where=f"{where}: shape", max_count=MAX_RANK)
     offsets = _check_sizes(entry["data_offsets"], where=f"{where}: data_offsets", max_count=2)
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{where}: data_offsets {list(offsets)} are not begin and end")
@@ -131,7 +127,7 @@ def _check_entry(name: str, entry: Any, *, file: _File, data_begin: int) -> Stor
 def _check_dtype(value: Any, *, where: str) -> torch.dtype:
     if not isinstance(value, str) or value not in DTYPES:
         raise CheckpointError(
-            f"{where}: dtype {_shorten(value)} is not supported; known are {sorted(DTYPES)}"
+            f"{where}: dtype {shorten(value)} is not supported; known are {sorted(DTYPES)}"
         )
     return DTYPES[value]
 
@@ -141,10 +137,10 @@ def _check_sizes(values: Any, *, where: str, max_count: int) -> tuple[int, ...]:
     is_list = isinstance(values, list) and len(values) <= max_count
     if not is_list or not all(type(value) is int and value >= 0 for value in values):
         raise CheckpointError(
-            f"{where} is {_shorten(values)}; at most {max_count} whole numbers belong there"
+            f"{where} is {shorten(values)}; at most {max_count} whole numbers belong there"
         )
-    if max([*values, math.prod(values)]) > _MAX_BYTES:
-        raise CheckpointError(f"{where} {_shorten(values)} is beyond any file")
+    if not is_countable(values):
+        raise CheckpointError(f"{where} {shorten(values)} is beyond any file")
     return tuple(values)
 
 
@@ -161,8 +157,3 @@ def _check_coverage(tensors: Sequence[StoredTensor], file: _File, data_begin: in
             f"{file.path}: {last} ends at byte {position:,}, but the file has {file.num_bytes:,}: "
             f"{file.num_bytes - position:,} bytes belong to no tensor; download it again"
         )
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value[:8]) if isinstance(value, list | str) else repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from tramontane.checkpoint.untrusted import MAX_BYTES, MAX_RANK, shorten
+from tramontane.checkpoint.untrusted import MAX_BYTES, MAX_RANK, is_countable, shorten
 from tramontane.errors import CheckpointError
 
 REMEDY = (
@@ -218,6 +218,8 @@ class _Machine:
         self._check_sizes((offset,), "offset of a tensor")
         for sizes, what in ((shape, "shape of a tensor"), (strides, "strides of a tensor")):
             self._check_sizes(sizes, what)
+        if not is_countable(shape):
+            self.fail(f"the shape of a tensor is {shorten(shape)}, beyond any file")
         if len(shape) != len(strides):
             self.fail(f"a tensor of shape {shorten(shape)} has the strides {shorten(strides)}")
         return TensorView(storage, offset, shape, strides)

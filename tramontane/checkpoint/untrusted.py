@@ -1,10 +1,12 @@
 """Words of a file that nobody vouches for, made fit for a message: short, printable, harmless."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from tramontane.errors import CheckpointError
 
-MAX_BYTES = 2**62  # no file, offset or product of sizes goes beyond
+MAX_BYTES = 2**60  # no file, offset or product of sizes goes beyond
 MAX_RANK = 8
 _MAX_NAME = 256
 
@@ -17,6 +19,11 @@ def shorten(value: Any) -> str:
     else:
         text = _show(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def is_countable(sizes: Sequence[int]) -> bool:
+    """Whether sizes, and what they span with zeros left out (torch multiplies so), have a limit."""
+    return math.prod(max(1, size) for size in sizes) <= MAX_BYTES
 
 
 def check_name(name: str, *, where: str) -> str:
