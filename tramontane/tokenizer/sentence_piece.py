@@ -60,7 +60,10 @@ class SentencePieceTokenizer(Tokenizer):
         return json.dumps([*ids, *self.list_pieces()])
 
     def save(self, folder: str | Path) -> None:
-        """Writes `tokenizer.model`, and beside it what transformers needs to give equal ids."""
+        """Writes `tokenizer.model`, and beside it the names of the control tokens for transformers.
+
+        transformers reads a `tokenizer.model` only where protobuf is installed.
+        """
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         (target / SENTENCE_PIECE_FILE).write_bytes(self._backend.serialized_model_proto())

@@ -107,7 +107,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def save(self, folder: str | Path) -> None:
-        """Writes into `folder` the files that `load_tokenizer` and transformers read."""
+        """Writes into `folder` the files that `load_tokenizer` reads."""
 
     @abstractmethod
     def describe_pieces(self) -> list[str]:
