@@ -6,9 +6,13 @@
 #   recipes/pretrain.sh --smoke    the same line at toy size, in under two minutes; assets stay
 #
 # DATA=../shared/data/pretrain   RUNS=runs   STEPS=12000   BIN=.venv/bin
+#
+# INIT_FROM=tramontane/assets goes on from a model instead of random weights, for STEPS more, with
+# other documents first (SEED=2). The dense model then sees as many tokens as both stages together.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATA=${DATA:-../shared/data/pretrain} RUNS=${RUNS:-runs} STEPS=${STEPS:-12000} BIN=${BIN:-.venv/bin}
+INIT_FROM=${INIT_FROM:-} SEED=${SEED:-1}
 MOE=tramontane-23m DENSE=tramontane-9m-dense
 
 fail() { echo "pretrain.sh: $*" >&2; exit 1; }
@@ -29,13 +33,22 @@ else
     fail "unknown argument $1; there is --smoke"
 fi
 
-# train NAME PRESET [FLAG ...]: start, or go on where it was interrupted
+# train NAME PRESET STEPS [FLAG ...]: start, or go on where it was interrupted
 train() {
     local out=$RUNS/$1 resume=()
     [ -d "$out/model" ] && return
     compgen -G "$out/checkpoints/step-*" > /dev/null && resume=(--resume)
     "$BIN/tramontane" train recipes/pretrain.toml --data-dir "$DATA" --model "$2" --out "$out" \
-        --steps "$STEPS" "${flags[@]}" "${resume[@]}" "${@:3}"
+        --steps "$3" "${flags[@]}" "${resume[@]}" "${@:4}"
+}
+
+# How many steps see as many tokens as the stages of the model in NAME together.
+count_steps() {
+    "$BIN/python" - "$RUNS/$1/model/training.json" << 'END'
+import json, sys
+stages = json.load(open(sys.argv[1]))["stages"]
+print(-(-sum(stage["tokens"] for stage in stages) // stages[-1]["tokens_per_step"]))
+END
 }
 
 score() {
@@ -43,8 +56,8 @@ score() {
         --max-tokens "$max_tokens" --json > "$RUNS/$1/scores.json"
 }
 
-train "$MOE" "$MOE"
-train "$DENSE" "$DENSE" --tokenizer "$RUNS/$MOE/tokenizer"
+train "$MOE" "$MOE" "$STEPS" --seed "$SEED" ${INIT_FROM:+--init-from "$INIT_FROM"}
+train "$DENSE" "$DENSE" "$(count_steps "$MOE")" --tokenizer "$RUNS/$MOE/tokenizer"
 score "$MOE"
 score "$DENSE"
 "$BIN/python" recipes/write_card.py "$RUNS/$MOE" "$RUNS/$DENSE" > "$RUNS/$MOE/model/README.md"

@@ -1,7 +1,8 @@
 """Prints the model card of a finished run, from its own files.
 
-python recipes/write_card.py RUN [DENSE_RUN], each with model/, config.json, log.jsonl, scores.json
-(`tramontane perplexity --json`). RUN is the mixture of experts, DENSE_RUN its dense equal.
+python recipes/write_card.py RUN [DENSE_RUN], each with model/ (training.json in it tells how it was
+trained), config.json, and scores.json (`tramontane perplexity --json`). RUN is the mixture of
+experts, DENSE_RUN its dense equal.
 """
 
 import json
@@ -48,19 +49,28 @@ def read_config(run: Path) -> ModelConfig:
     return ModelConfig.from_dict(read_json(run / "config.json")["model"])
 
 
-def count_tokens_seen(run: Path) -> tuple[int, int]:
-    """Steps and tokens at the last report."""
-    lines = (run / "log.jsonl").read_text().splitlines()
-    last = [record for record in map(json.loads, lines) if "num_units_seen" in record][-1]
-    return last["step"], last["num_units_seen"]
+def read_stages(run: Path) -> list[dict[str, Any]]:
+    """The runs that made the model, the first one from random weights."""
+    stages: list[dict[str, Any]] = read_json(run / "model" / "training.json")["stages"]
+    return stages
+
+
+def count_tokens(run: Path) -> int:
+    return sum(stage["tokens"] for stage in read_stages(run))
+
+
+def describe_stage(stage: dict[str, Any]) -> str:
+    optimizer = stage["optimizer"]
+    return (
+        f"{stage['steps']:,} steps of {stage['tokens_per_step']:,} tokens with "
+        f"{optimizer['kind']} at {optimizer['lr']:g} ({optimizer['schedule']}) in {stage['dtype']}"
+    )
 
 
 def describe(run: Path, dense: Path | None) -> str:
-    config, settings = read_config(run), read_json(run / "config.json")
+    config, stages = read_config(run), read_stages(run)
     count = config.count_parameters()
-    steps, tokens = count_tokens_seen(run)
     assert config.moe is not None
-    optimizer = settings["optimizer"]
     head = (
         "---\nlicense: other\nlanguage: [en, fr, de, it, es]\npipeline_tag: text-generation\n---\n"
         "# The bundled model of tramontane\n"
@@ -73,11 +83,9 @@ A Mixtral of {config.moe.num_experts} experts, of which each token uses
 writes simple English stories, and knows a little of 17 other domains, so that routing can be
 studied. It is no source of facts, has not been aligned, and repeats what old books say of people.
 
-Trained from random weights by `recipes/pretrain.toml`: {steps:,} steps, {tokens:,} tokens seen
-(texts of the small domains several times), batches of {settings["batch_size"]} x
-{settings["seq_len"]}, {optimizer.get("kind", "adamw")} at {optimizer["lr"]:g}
-({optimizer["schedule"]}), load-balancing loss {settings["loop"]["load_balancing_coef"]:g},
-{settings["dtype"]} computation with fp32 master weights. {describe_baseline(dense)}
+Trained from random weights by `recipes/pretrain.sh` on {count_tokens(run):,} tokens (texts of the
+small domains several times): {"; then ".join(map(describe_stage, stages))}. Master weights in
+fp32, load-balancing loss {stages[-1]["load_balancing_coef"]:g}. {describe_baseline(dense)}
 
 The file is an ordinary Hugging Face folder: `AutoModelForCausalLM.from_pretrained` reads it."""
     paragraphs = (" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n"))
@@ -88,10 +96,11 @@ def describe_baseline(dense: Path | None) -> str:
     """What the last column of the scores is."""
     if dense is None:
         return "No dense baseline has been trained on these tokens yet."
-    count, tokens = read_config(dense).count_parameters(), count_tokens_seen(dense)[1]
+    count = read_config(dense).count_parameters()
+    stages = "; then ".join(map(describe_stage, read_stages(dense)))
     return (
-        f"The dense baseline has {count.active:,} parameters, all active, and saw {tokens:,} "
-        "tokens in the same order."
+        f"The dense baseline has {count.active:,} parameters, all active, and saw "
+        f"{count_tokens(dense):,} tokens of the same mixture: {stages}."
     )
 
 

@@ -132,7 +132,7 @@ def test_without_the_library_the_remedy_is_named(
 ) -> None:
     _write(tmp_path / "f", {"w": (_make_packed("Q4_0", 2, 2), Kind.Q4_0)})
     stored = read_gguf(tmp_path / "f").tensors["w"]
-    monkeypatch.setattr(gguf_values, "gguf", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(CheckpointError, match=r"w \(Q4_0\).*pip install 'tramontane\[gguf\]'"):
         stored.read()
 

@@ -29,8 +29,12 @@ class Assembly:
 
     def build(self, name: str) -> Tensor:
         """The values of one tensor, a view where that is possible."""
-        (part,) = self._expected[name].parts
-        return part.change.to_theirs(self.parameters.read(part.parameter, part.expert))
+        expected = self._expected[name]
+        values = [
+            part.change.to_theirs(self.parameters.read(part.parameter, part.expert))
+            for part in expected.parts
+        ]
+        return values[0] if len(values) == 1 else torch.stack(values).reshape(expected.shape)
 
     @cached_property
     def _expected(self) -> dict[str, ExpectedTensor]:

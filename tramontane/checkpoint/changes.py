@@ -1,7 +1,6 @@
 """What has to be done to a foreign tensor so that it is one of ours, and the way back.
 
-Both ways give views wherever torch can: nothing is copied until the values are put in their place.
-H heads, S head_dim, D dim, E experts, F hidden_dim.
+Both ways give views where torch can. H heads, S head_dim, D dim.
 """
 
 from collections.abc import Callable
@@ -21,7 +20,12 @@ def _return_same(values: Tensor) -> Tensor:
     return values
 
 
+def _transpose(values: Tensor) -> Tensor:
+    return values.t()
+
+
 SAME = Change(_return_same, _return_same)
+TRANSPOSE = Change(_transpose, _transpose)
 
 
 def pair_halves(num_heads: int) -> Change:
@@ -37,18 +41,3 @@ def pair_halves(num_heads: int) -> Change:
         return values.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
     return Change(to_ours, to_theirs)
-
-
-def split_experts(num_experts: int) -> Change:
-    """(E * F, D) there, (E, F, D) here."""
-    return Change(
-        lambda values: values.unflatten(0, (num_experts, -1)), lambda values: values.flatten(0, 1)
-    )
-
-
-def split_transposed_experts(num_experts: int) -> Change:
-    """(E * F, D) there, (E, D, F) here: w2 in the torrent, each expert's transposed."""
-    return Change(
-        lambda values: values.unflatten(0, (num_experts, -1)).transpose(1, 2),
-        lambda values: values.transpose(1, 2).flatten(0, 1),
-    )

@@ -17,11 +17,6 @@ from torch import Tensor
 from tramontane.checkpoint.stored_tensor import StoredTensor
 from tramontane.errors import CheckpointError
 
-try:
-    import gguf
-except ImportError:
-    gguf = None  # type: ignore[assignment]
-
 _MAX_STEP = 2**22  # values unpacked at once
 
 
@@ -75,13 +70,13 @@ class PackedTensor(StoredTensor):
         return values
 
     def read_into(self, target: Tensor) -> None:
-        """Fill `target` (contiguous, fp32, of this shape), unpacking some rows at a time.
+        """Fill `target` (contiguous, of this shape, any float), unpacking some rows at a time.
 
         Raises CheckpointError if the gguf library is not there.
         """
         library = load_gguf_library(f"{self.place} ({self.encoding})")
         kind = library.GGMLQuantizationType[self.encoding]
-        assert (target.shape, target.dtype) == (self.shape, self.dtype), (target.shape, self)
+        assert target.shape == self.shape, (target.shape, self)
         row_size, num_rows = self.shape[-1], math.prod(self.shape[:-1])
         shape = (num_rows, (self.end - self.begin) // num_rows)
         packed = np.memmap(self.path, dtype=np.uint8, mode="r", offset=self.begin, shape=shape)
@@ -94,10 +89,16 @@ class PackedTensor(StoredTensor):
 
 
 def load_gguf_library(wanted_for: Path | str) -> ModuleType:
-    """The gguf library, or CheckpointError, naming what it is wanted for, if it is not there."""
-    if gguf is None:
+    """The gguf library, or CheckpointError, naming what it is wanted for, if it is not there.
+
+    It is optional, and takes half a second to import: only who reads packed values waits for it.
+    """
+    try:
+        import gguf
+    except ImportError:
         raise CheckpointError(
             f"{wanted_for}: packing and unpacking GGUF takes the gguf library, which is not "
             "installed: pip install 'tramontane[gguf]'"
-        )
-    return gguf
+        ) from None
+    library: ModuleType = gguf
+    return library

@@ -6,12 +6,11 @@ pickles of the old kind are refused by name.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile
 
 import torch
 
@@ -159,8 +158,11 @@ def _group_files(entries: Sequence[Path]) -> list[_Group]:
         if container == "gguf":
             gguf = read_gguf(entry)
             groups.append(_Group("gguf", GGUF, {entry: gguf.tensors}, gguf.metadata))
-    for container in ("safetensors", "torch"):
-        read = read_table if container == "safetensors" else read_torch_table
+    readers: dict[Container, Callable[[Path], dict[str, StoredTensor]]] = {
+        "safetensors": read_table,
+        "torch": read_torch_table,
+    }
+    for container, read in readers.items():
         tables = {entry: read(entry) for entry, kind in loose.items() if kind == container}
         groups += _group_by_layout(container, tables, has_others=bool(groups))
     return groups
@@ -202,23 +204,14 @@ def _recognise(path: Path) -> Container | None:
             raise IsADirectoryError(f"{path} is a folder")
         return None
     with path.open("rb") as file:
-        head = file.read(9)
+        head = file.read(512)
     if head[:4] in (b"GGUF", b"FUGG"):
         return "gguf"
-    if head[:4] == b"PK\x03\x04":
-        return "torch" if _is_torch_archive(path) else None
+    if head[:4] == b"PK\x03\x04":  # a zip; torch.save writes NAME/data.pkl first
+        return "torch" if b"/data.pkl" in head else None
     length = int.from_bytes(head[:8], "little")
     is_header = head[8:9] == b"{" and length <= path.stat().st_size - 8
     return "safetensors" if is_header or path.suffix == ".safetensors" else None
-
-
-def _is_torch_archive(path: Path) -> bool:
-    """Whether a zip has what torch.save writes."""
-    try:
-        with ZipFile(path) as archive:
-            return any(name.endswith("data.pkl") for name in archive.namelist())
-    except (BadZipFile, ValueError, NotImplementedError) as error:
-        raise CheckpointError(f"{path} is a damaged zip ({error}); download it again") from None
 
 
 def _refuse_pickles(entries: Sequence[Path]) -> None:

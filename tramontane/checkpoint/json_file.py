@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tramontane.checkpoint.untrusted import shorten
 from tramontane.errors import CheckpointError
 
 MAX_BYTES = 64 * 2**20  # of a configuration or an index; those of Mixtral 8x22B have 200 KB
@@ -34,6 +35,6 @@ def _refuse_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values:
-            raise ValueError(f"{key!r} is there twice")
+            raise ValueError(f"{shorten(key)} is there twice")
         values[key] = value
     return values

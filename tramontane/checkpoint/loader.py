@@ -88,7 +88,8 @@ class _Filler:
         sources: dict[str, list[tuple[Part, StoredTensor]]] = {}
         for pair in pairs:
             for part in pair.expected.parts:
-                sources.setdefault(part.parameter, []).append((part, pair.stored))
+                located = (part, part.locate(pair.stored))
+                sources.setdefault(part.parameter, []).append(located)
         parameters: dict[str, Tensor] = {}
         with ThreadPoolExecutor(_NUM_READERS) as readers:
             for name, parts in sources.items():
@@ -109,7 +110,8 @@ class _Filler:
         first = parts[0][1]
         end = first.begin
         for part, stored in parts:
-            if stored.dtype != self._dtype or not _is_plain(part, stored):
+            is_plain = stored.encoding in DTYPES and part.change is SAME
+            if stored.dtype != self._dtype or not is_plain:
                 return None
             if stored.path != first.path or stored.begin != end or first.begin % 64:
                 return None if len(parts) > 1 else first
@@ -121,15 +123,11 @@ class _Filler:
     def _copy(self, target: Tensor, source: tuple[Part, StoredTensor]) -> None:
         part, stored = source
         place = part.find_place(target)
-        if stored.dtype == self._dtype and self._device.type == "cpu" and _is_plain(*source):
+        is_plain = stored.dtype == self._dtype or stored.encoding not in DTYPES
+        if is_plain and part.change is SAME and self._device.type == "cpu":
             stored.read_into(place)
         else:
-            place.copy_(part.extract(stored.read()))
-
-
-def _is_plain(part: Part, stored: StoredTensor) -> bool:
-    """Whether the bytes of the file are the values as they are needed."""
-    return stored.encoding in DTYPES and part.rows is None and part.change is SAME
+            place.copy_(part.change.to_ours(stored.read()))
 
 
 def _assign(model: Transformer, parameters: dict[str, Tensor], pairs: Sequence[TensorPair]) -> None:

@@ -3,6 +3,7 @@
 github.com/mistralai/mistral-inference; the torrent is that of magnet link and tweet, December 2023.
 """
 
+from pathlib import Path
 from typing import Any
 
 from tramontane.checkpoint.json_file import read_json
@@ -38,12 +39,17 @@ def write_params(config: ModelConfig) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None and value is not False}
 
 
-def _read_config(contents: Contents) -> ModelConfig:
-    path = contents.folder / CONFIG_FILE
+def read_mistral_config(folder: Path) -> ModelConfig:
+    """The configuration in `params.json`. Raises CheckpointError (unreadable) or ConfigError."""
+    path = folder / CONFIG_FILE
     try:
         return parse_params(read_json(path))
     except (ConfigError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _read_config(contents: Contents) -> ModelConfig:
+    return read_mistral_config(contents.folder)
 
 
 MISTRAL = Layout(

@@ -11,13 +11,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from tramontane.checkpoint.changes import (
-    SAME,
-    Change,
-    pair_halves,
-    split_experts,
-    split_transposed_experts,
-)
+from tramontane.checkpoint.changes import SAME, TRANSPOSE, Change, pair_halves
+from tramontane.checkpoint.stored_tensor import StoredTensor
 from tramontane.config import ModelConfig
 
 
@@ -28,26 +23,30 @@ class Dim(NamedTuple):
     size: int
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """What a foreign tensor gives to one of our parameters.
 
-    `expert` is the slice of a stacked parameter that it fills (None: all of it); `rows` are the
-    foreign tensor's rows (its second dimension from the end) that go there (None: all); `change`
-    is what has to be done to them.
+    `expert` is the slice of a stacked parameter that it fills (None: all of it). Of the foreign
+    tensor it is what `index` selects in the first dimension (None: all), of that the `rows` (None:
+    all), and `change` is what has to be done to them.
     """
 
     parameter: str
     expert: int | None = None
+    index: int | None = None
     rows: slice | None = None
     change: Change = SAME
+
+    def locate(self, stored: StoredTensor) -> StoredTensor:
+        """Where the part's values lie, before the change: one run of bytes."""
+        if self.index is not None:
+            stored = stored.select(self.index)
+        return stored if self.rows is None else stored.narrow(self.rows)
 
     def find_place(self, parameter: Tensor) -> Tensor:
         """Where the values go in our parameter."""
         return parameter if self.expert is None else parameter[self.expert]
-
-    def extract(self, values: Tensor) -> Tensor:
-        """The part's values out of those of the foreign tensor, a view where that is possible."""
-        return self.change.to_ours(values if self.rows is None else values[..., self.rows, :])
 
 
 @dataclass(frozen=True)
@@ -202,29 +201,36 @@ class NameTable:
             elif self.expert_form == "fused" and matrix == "w1":
                 yield theirs + name, self._fuse_experts(config, f"{ours}.feed_forward.experts")
             else:
-                yield theirs + name, _whole(parameter, experts, *dims)
+                parts = (Part(parameter, expert=e, index=e) for e in range(experts.size))
+                yield theirs + name, ExpectedTensor((experts, *dims), tuple(parts))
 
     def _flatten_experts(self, config: ModelConfig, parameter: str, matrix: str) -> ExpectedTensor:
         assert config.moe is not None, config
-        count = config.moe.num_experts
+        count, hidden = config.moe.num_experts, config.hidden_dim
+        change = TRANSPOSE if matrix == "w2" else SAME
+        parts = (
+            Part(parameter, expert=e, rows=slice(e * hidden, (e + 1) * hidden), change=change)
+            for e in range(count)
+        )
         words = f"{self.fields['num_experts']} * {self.fields['hidden_dim']}"
-        change = split_transposed_experts(count) if matrix == "w2" else split_experts(count)
-        dims = (Dim(words, count * config.hidden_dim), self._dim("dim", config.dim))
-        return ExpectedTensor(dims, (Part(parameter, change=change),))
+        dims = (Dim(words, count * hidden), self._dim("dim", config.dim))
+        return ExpectedTensor(dims, tuple(parts))
 
     def _fuse_experts(self, config: ModelConfig, stack: str) -> ExpectedTensor:
         assert config.moe is not None, config
-        hidden = config.hidden_dim
+        count, hidden = config.moe.num_experts, config.hidden_dim
+        halves = {"w1": slice(0, hidden), "w3": slice(hidden, 2 * hidden)}
         parts = (
-            Part(f"{stack}.w1", rows=slice(0, hidden)),
-            Part(f"{stack}.w3", rows=slice(hidden, 2 * hidden)),
+            Part(f"{stack}.{matrix}", expert=e, index=e, rows=rows)
+            for e in range(count)
+            for matrix, rows in halves.items()
         )
         dims = (
-            self._dim("num_experts", config.moe.num_experts),
+            self._dim("num_experts", count),
             Dim(f"2 * {self.fields['hidden_dim']}", 2 * hidden),
             self._dim("dim", config.dim),
         )
-        return ExpectedTensor(dims, parts)
+        return ExpectedTensor(dims, tuple(parts))
 
     def _matrix_dims(self, config: ModelConfig, matrix: str) -> tuple[Dim, Dim]:
         """w1 and w3 are (F, D), w2 is (D, F)."""

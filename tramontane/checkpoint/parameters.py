@@ -42,20 +42,13 @@ class StoredParameters:
         self._sources: dict[tuple[str, int | None], tuple[Part, StoredTensor]] = {}
         for pair in pairs:
             for part in pair.expected.parts:
-                self._sources[part.parameter, part.expert] = (part, pair.stored)
-        self._last: tuple[StoredTensor, Tensor] | None = None  # packed stacks are decoded once
+                self._sources[part.parameter, part.expert] = (part, part.locate(pair.stored))
 
     def read(self, parameter: str, expert: int | None = None) -> Tensor:
         """See `Parameters`."""
         if (parameter, expert) in self._sources:
-            return self._read_part(parameter, expert)
-        if expert is not None:
-            return self._read_part(parameter, None)[expert]
+            part, stored = self._sources[parameter, expert]
+            return part.change.to_ours(stored.read())
         count = sum(name == parameter for name, _ in self._sources)
-        return torch.stack([self._read_part(parameter, e) for e in range(count)])
-
-    def _read_part(self, parameter: str, expert: int | None) -> Tensor:
-        part, stored = self._sources[parameter, expert]
-        if self._last is None or self._last[0] is not stored:
-            self._last = (stored, stored.read())
-        return part.extract(self._last[1])
+        assert expert is None, f"expert {expert} of {parameter} is not stored"
+        return torch.stack([self.read(parameter, e) for e in range(count)])

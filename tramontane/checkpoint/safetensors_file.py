@@ -106,9 +106,13 @@ def _check_entry(name: str, entry: Any, *, file: _File, data_begin: int) -> Stor
         raise CheckpointError(f"{where}: its entry is not one of dtype, shape and data_offsets")
     dtype = _check_dtype(entry["dtype"], where=where)
     shape = _check_sizes(entry["shape"], where=f"{where}: shape", max_count=MAX_RANK)
+    if not is_countable(shape):
+        raise CheckpointError(f"{where}: shape {shorten(entry['shape'])} is beyond any file")
     offsets = _check_sizes(entry["data_offsets"], where=f"{where}: data_offsets", max_count=2)
     if len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where}: data_offsets {list(offsets)} are not begin and end")
+        raise CheckpointError(
+            f"{where}: data_offsets {shorten(entry['data_offsets'])} are not begin and end"
+        )
     begin, end = data_begin + offsets[0], data_begin + offsets[1]
     needed = math.prod(shape) * dtype.itemsize
     if end - begin != needed:
@@ -133,14 +137,12 @@ def _check_dtype(value: Any, *, where: str) -> torch.dtype:
 
 
 def _check_sizes(values: Any, *, where: str, max_count: int) -> tuple[int, ...]:
-    """A short list of whole numbers, zero or more, whose product stays countable."""
+    """A short list of whole numbers, zero or more."""
     is_list = isinstance(values, list) and len(values) <= max_count
     if not is_list or not all(type(value) is int and value >= 0 for value in values):
         raise CheckpointError(
             f"{where} is {shorten(values)}; at most {max_count} whole numbers belong there"
         )
-    if not is_countable(values):
-        raise CheckpointError(f"{where} {shorten(values)} is beyond any file")
     return tuple(values)
 
 

@@ -1,7 +1,8 @@
 """A tensor that lies in a file, whatever the format of the file: where, and how to read it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -37,6 +38,18 @@ class StoredTensor:
         """File and name, for messages."""
         return f"{self.path}: {self.name}"
 
+    def select(self, index: int) -> Self:
+        """What lies at `index` of the first dimension."""
+        return replace(self.narrow(slice(index, index + 1)), shape=self.shape[1:])
+
+    def narrow(self, rows: slice) -> Self:
+        """Some of the first dimension: a run of the bytes."""
+        assert 0 <= rows.start < rows.stop <= self.shape[0], (rows, self)
+        size = (self.end - self.begin) // self.shape[0]
+        shape = (rows.stop - rows.start, *self.shape[1:])
+        begin = self.begin + rows.start * size
+        return replace(self, shape=shape, begin=begin, end=begin + shape[0] * size)
+
     def read(self) -> Tensor:
         """The values, as a view of the mapped file where its alignment allows, else as a copy.
 
@@ -59,7 +72,7 @@ class StoredTensor:
         the file has become shorter since its header was read.
         """
         assert (target.shape, target.dtype) == (self.shape, self.dtype), (target.shape, self)
-        buffer = memoryview(target.flatten().view(torch.uint8).numpy())
+        buffer = target.flatten().view(torch.uint8).numpy().data
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.begin)
             while buffer:

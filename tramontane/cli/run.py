@@ -40,8 +40,9 @@ def run(
     Parameters
     ----------
     model
-        A folder with config.json, safetensors and tokenizer.json; without it, the bundled model. A
-        single argument that has a space in it and is no folder is the prompt.
+        A folder or file in any layout (Hugging Face, Mistral, GGUF), or the id of a model that has
+        been pulled; without it, the bundled model. A single argument that has a space in it and is
+        no path is the prompt.
     prompt
         The beginning of a text; without it, an interactive session in a terminal, or else all of
         standard input (a last line end is dropped).
@@ -63,8 +64,9 @@ def run(
         sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show all of Unicode
 
     from tramontane.engine.llm import LLM
+    from tramontane.hub.cache import resolve_model
 
-    llm = LLM(model)
+    llm = LLM(None if model is None else resolve_model(model))
     params = replace(llm.default_params, **given)
     painter = _build_painter(llm.config, experts)
     if stats:
@@ -79,12 +81,14 @@ def run(
 
 def _split_arguments(first: str | None, second: str | None) -> tuple[str | None, str | None]:
     """Model and prompt: a single argument may be either."""
-    if first is None or second is not None or (first and Path(first).is_dir()):
+    if first is None or second is not None or (first and Path(first).exists()):
         return first, second
     if not first or len(first.split()) > 1:
         return None, first
+    if "/" in first:
+        return first, None
     raise CheckpointError(
-        f"there is no model folder {first!r}; if it is meant as a prompt, pass it on standard "
+        f"there is no model {first!r}; if it is meant as a prompt, pass it on standard "
         f"input: echo {first} | tramontane run"
     )
 

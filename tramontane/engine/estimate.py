@@ -62,6 +62,21 @@ def estimate_memory(
     )
 
 
+def find_longest_context(
+    config: ModelConfig, *, quant: Quant = "none", batch: int = 1, available: int
+) -> int:
+    """The most tokens per sequence that fit into `available` bytes; 0 if none do."""
+
+    def fits(context: int) -> bool:
+        return estimate_memory(config, quant=quant, context=context, batch=batch).total <= available
+
+    low, high = 0, config.max_seq_len  # low fits, or is 0; what lies above high does not
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
 def count_weight_bytes(config: ModelConfig, *, quant: Quant, bytes_per_value: int = 2) -> int:
     """Bytes of all weights: to the byte what a loaded model holds."""
     total = config.count_parameters().total

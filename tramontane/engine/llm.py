@@ -61,8 +61,9 @@ class TextStream:
 class LLM:
     """A model, its tokenizer and an engine. Without `model`, the bundled one.
 
-    `model` is a folder or file in any layout; `dtype` is that of the weights as stored unless given. `origin` says where
-    they are from. Raises CheckpointError, ConfigError or TokenizerError, naming file and remedy.
+    `model` is a folder or file in any layout; `dtype` is that of the weights as stored unless
+    given. `origin` says where they are from. Raises CheckpointError, ConfigError or TokenizerError,
+    naming file and remedy.
     """
 
     def __init__(

@@ -1,0 +1,121 @@
+"""Loading speed: tramontane and transformers on the same folders, files in the page cache.
+
+    python benchmarks/load.py [--layers 16] [--folder DIR]
+
+A Mixtral of random bf16 weights (dim 1024, hidden 3584, 8 experts; 3 GB with 16 layers) is written
+twice: with its tensors in the order of published checkpoints, and as tramontane writes it. Each
+load runs in a fresh process, in turn. "Ready" is the return of the loader; "all read" is when every
+weight has been summed, because a mapped weight costs nothing before it is used. tramontane checks
+meanwhile that all values are finite. The limit is one pass over the bytes at the read rate of
+memory.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from machine import describe_machine, measure_read_rate, print_table
+from transformers import AutoModelForCausalLM
+
+from tramontane.checkpoint.loader import load_model
+from tramontane.checkpoint.writer import save_model
+from tramontane.config import ModelConfig, MoeConfig
+from tramontane.models.transformer import build_model
+
+NUM_ROUNDS = 3
+LOADERS: dict[str, Callable[[Path], torch.nn.Module]] = {
+    "tramontane": load_model,
+    "tramontane, values not checked": lambda folder: load_model(folder, check_finite=False),
+    "transformers": lambda folder: AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16
+    ),
+}
+
+
+def write_models(root: Path, *, num_layers: int) -> dict[str, Path]:
+    """Two folders with the same weights in another order."""
+    config = ModelConfig(
+        dim=1024, n_layers=num_layers, head_dim=64, hidden_dim=3584, n_heads=16, n_kv_heads=4,
+        vocab_size=32000, moe=MoeConfig(),
+    )  # fmt: skip
+    model = build_model(config).to(torch.bfloat16)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    ours, published = root / "ours", root / "published"
+    save_model(model, ours)
+    published.mkdir()
+    tensors = safetensors.torch.load_file(ours / "model.safetensors")
+    safetensors.torch.save_file(tensors, published / "model.safetensors", metadata={"format": "pt"})
+    (published / "config.json").write_text((ours / "config.json").read_text())
+    return {"as published": published, "as tramontane writes": ours}
+
+
+def time_load(name: str, folder: Path, pipe: "multiprocessing.connection.Connection") -> None:
+    """In a process of its own: seconds until ready, until all is read, and peak memory."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    model = LOADERS[name](folder)
+    ready = time.perf_counter() - started
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.sum()
+    all_read = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    pipe.send((ready, all_read, peak * 1024))
+
+
+def run_in_process(name: str, folder: Path) -> tuple[float, float, int]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=time_load, args=(name, folder, theirs))
+    process.start()
+    result: tuple[float, float, int] = ours.recv()
+    process.join()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--folder", type=Path, help="where to put 6 GB for a while")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
+        folders = write_models(Path(root), num_layers=arguments.layers)
+        size = sum(file.stat().st_size for file in folders["as published"].iterdir())
+        for folder in folders.values():
+            for file in folder.iterdir():
+                file.read_bytes()  # into the page cache
+        cases = [(order, name) for order in folders for name in LOADERS]
+        results: dict[tuple[str, str], list[tuple[float, float, int]]] = {c: [] for c in cases}
+        for _ in range(NUM_ROUNDS):
+            for order, name in cases:
+                results[order, name].append(run_in_process(name, folders[order]))
+    limit = size / measure_read_rate()
+    print(f"{describe_machine('transformers')}")
+    print(f"{size / 1e9:.2f} GB, medians of {NUM_ROUNDS}\n")
+    rows = []
+    for order, name in cases:
+        ready, all_read, peak = (
+            statistics.median(v) for v in zip(*results[order, name], strict=True)
+        )
+        theirs = statistics.median(r[1] for r in results[order, "transformers"])
+        rows.append([
+            order, name, f"{ready:.2f}", f"{all_read:.2f}", f"{theirs / all_read:.1f}x",
+            f"{limit / all_read:.0%}", f"{peak / size:.2f}",
+        ])  # fmt: skip
+    print_table(
+        ["tensors", "loader", "ready, s", "all read, s", "speed", "of the limit", "peak / size"],
+        rows,
+    )
+    print(f"\nlimit: {limit:.2f} s = {size / 1e9:.2f} GB at {size / limit / 1e9:.1f} GB/s")
+
+
+if __name__ == "__main__":
+    main()
