@@ -1,8 +1,8 @@
 """Loading speed: tramontane and transformers on the same folders, files in the page cache.
 
-    python benchmarks/load.py [--layers 16] [--folder DIR]
+    python benchmarks/load.py [--layers 8] [--folder DIR]
 
-A Mixtral of random bf16 weights (dim 1024, hidden 3584, 8 experts; 3 GB with 16 layers) is written
+A Mixtral of random bf16 weights (dim 1024, hidden 3584, 8 experts; 1.6 GB with 8 layers) is written
 twice: with its tensors in the order of published checkpoints, and as tramontane writes it. Each
 load runs in a fresh process, in turn. "Ready" is the return of the loader; "all read" is when every
 weight has been summed, because a mapped weight costs nothing before it is used. tramontane checks
@@ -12,7 +12,6 @@ memory.
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from machine import describe_machine, measure_read_rate, print_table
+from machine import describe_machine, measure_read_rate, print_table, read_peak_memory
 from transformers import AutoModelForCausalLM
 
 from tramontane.checkpoint.loader import load_model
@@ -59,7 +58,7 @@ def write_models(root: Path, *, num_layers: int) -> dict[str, Path]:
 
 def time_load(name: str, folder: Path, pipe: "multiprocessing.connection.Connection") -> None:
     """In a process of its own: seconds until ready, until all is read, and peak memory."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = read_peak_memory()
     started = time.perf_counter()
     model = LOADERS[name](folder)
     ready = time.perf_counter() - started
@@ -67,8 +66,7 @@ def time_load(name: str, folder: Path, pipe: "multiprocessing.connection.Connect
         for parameter in model.parameters():
             parameter.sum()
     all_read = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    pipe.send((ready, all_read, peak * 1024))
+    pipe.send((ready, all_read, read_peak_memory() - before))
 
 
 def run_in_process(name: str, folder: Path) -> tuple[float, float, int]:
@@ -83,8 +81,8 @@ def run_in_process(name: str, folder: Path) -> tuple[float, float, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--folder", type=Path, help="where to put 6 GB for a while")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--folder", type=Path, help="where to put twice that for a while")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
         folders = write_models(Path(root), num_layers=arguments.layers)

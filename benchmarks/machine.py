@@ -37,6 +37,12 @@ def _read_commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def read_peak_memory() -> int:
+    """The most bytes that this process has occupied (VmHWM of Linux; it knows no parent)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
 def measure_matmul_rate(
     rows: int, inner: int, columns: int, *, dtype: torch.dtype = torch.bfloat16
 ) -> float:

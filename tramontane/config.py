@@ -69,6 +69,10 @@ class ModelConfig:
             raise ConfigError(f"head_dim is {self.head_dim}; RoPE turns pairs, so it must be even")
         if self.sliding_window is not None:
             require_positive(self, "sliding_window")
+        if not isinstance(self.tie_embeddings, bool):
+            raise ConfigError(
+                f"tie_embeddings is {self.tie_embeddings!r}; it must be true or false"
+            )
 
     def count_parameters(self) -> ParameterCount:
         """Count from the shapes alone: 46,702,792,704 for Mixtral 8x7B, 12,879,925,248 active."""
@@ -97,7 +101,9 @@ class ModelConfig:
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
         """Build from our own names (those of `params.json`); a wrong key is a ConfigError."""
         values = dict(values)
-        if isinstance(values.get("moe"), dict):
+        if values.get("moe") is not None:
+            if not isinstance(values["moe"], dict):
+                raise ConfigError(f"moe is {values['moe']!r}; it must be an object")
             values["moe"] = build_config(MoeConfig, values["moe"], where="moe")
         return build_config(cls, values, where="the model configuration")
 
@@ -134,7 +140,7 @@ class ModelConfig:
         fixed.setdefault("sliding_window", 4096 if model_type == "mistral" else None)
         fixed.setdefault("norm_eps", 1e-5 if model_type == "mixtral" else 1e-6)
         if fixed.get("head_dim") is None:
-            fixed["head_dim"] = fixed.get("dim", 0) // max(1, fixed.get("n_heads", 1))
+            fixed["head_dim"] = divide_heads(fixed.get("dim"), fixed.get("n_heads"))
         if fixed.setdefault("n_kv_heads", 8) is None:  # as transformers: null is not "absent"
             fixed["n_kv_heads"] = fixed.get("n_heads")
         return build_config(cls, {**fixed, "rope_theta": theta, "moe": moe}, where="config.json")
@@ -173,6 +179,24 @@ def build_config(cls: type[Any], values: dict[str, Any], *, where: str) -> Any:
         return cls(**values)
     except TypeError as error:
         raise ConfigError(f"{where}: {error}".replace(f"{cls.__name__}.__init__() ", "")) from None
+
+
+def divide_heads(dim: Any, n_heads: Any) -> int:
+    """The size of a head where it is not given. Raises ConfigError unless both are whole."""
+    for name, value in (("dim", dim), ("n_heads", n_heads)):
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{name} is {value!r}; it must be a whole number above zero")
+    return int(dim // n_heads)
+
+
+def to_float(value: Any, name: str) -> float:
+    """A number of a JSON file as a float. Raises ConfigError if it is none, or too large."""
+    try:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise OverflowError
+        return float(value)
+    except OverflowError:
+        raise ConfigError(f"{name} is {value!r}; it must be a number") from None
 
 
 def require_positive(config: Any, *names: str) -> None:
@@ -224,11 +248,14 @@ def _pop_rope_theta(values: dict[str, Any], *, default: float) -> float:
     """Read theta in its old place (`rope_theta`) or that of transformers 5 (`rope_parameters`)."""
     rope = values.pop("rope_parameters", None) or {}
     scaling = values.pop("rope_scaling", None) or {}
-    for block in (rope, scaling):
+    for name, block in (("rope_parameters", rope), ("rope_scaling", scaling)):
+        if not isinstance(block, dict):
+            raise ConfigError(f"config.json: {name} is {block!r}; it must be an object")
         rope_type = block.get("rope_type", block.get("type", "default"))
         if rope_type != "default":
             raise ConfigError(f"config.json asks for {rope_type!r} RoPE; only 'default' is built")
-    return float(values.pop("rope_theta", None) or rope.get("rope_theta") or default)
+    theta = values.pop("rope_theta", None) or rope.get("rope_theta") or default
+    return to_float(theta, "rope_theta")
 
 
 PRESETS: dict[str, ModelConfig] = {

@@ -11,7 +11,7 @@ from tramontane.checkpoint.loader import load_model
 from tramontane.cli.main import run_command
 from tramontane.engine.llm import LLM
 from tramontane.engine.sampling_params import SamplingParams
-from tramontane.engine.vocabulary import require_tokenizer
+from tramontane.engine.vocabulary import find_chat_format, find_template, require_tokenizer
 
 TEXT = "A caf\u00e9, 12 cats </s>"
 
@@ -71,3 +71,17 @@ def test_a_model_without_a_tokenizer_is_converted_with_a_note(
     assert run_command(["convert", str(folder), str(tmp_path / "m"), "--to", "mistral"]) == 0
     assert "has no tokenizer" in capsys.readouterr().err
     load_model(tmp_path / "m")
+
+
+def test_the_chat_template_goes_along(tmp_path: Path, folder: Path) -> None:
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    path = folder
+    for to, name in (("gguf", "m.gguf"), ("mistral", "m"), ("hf", "again")):
+        assert run_command(["convert", str(path), str(tmp_path / name), "--to", to]) == 0
+        path = tmp_path / name
+        checkpoint = open_checkpoint(path)
+        assert find_template(checkpoint) == template
+        chat = find_chat_format(checkpoint, require_tokenizer(checkpoint))
+        assert chat is not None
+        assert chat.render([{"role": "user", "content": "hi"}]) == "[user] hi\n"

@@ -9,7 +9,7 @@ from typing import Any
 from tramontane.checkpoint.layout import Contents, Layout
 from tramontane.checkpoint.names import GGUF as GGUF_NAMES
 from tramontane.checkpoint.names import GGUF_EACH
-from tramontane.config import ModelConfig, MoeConfig, build_config
+from tramontane.config import ModelConfig, MoeConfig, build_config, divide_heads
 from tramontane.errors import ConfigError
 
 ARCHITECTURE = "llama"
@@ -53,8 +53,8 @@ def parse_gguf_config(metadata: Mapping[str, Any], *, has_output: bool) -> Model
     values.setdefault("rope_theta", 1e4)
     if "vocab_size" not in values and VOCABULARY in metadata:
         values["vocab_size"] = len(metadata[VOCABULARY])
-    if "head_dim" not in values and {"dim", "n_heads"} <= values.keys():
-        default = _whole(values["dim"], "dim") // max(1, _whole(values["n_heads"], "n_heads"))
+    if "head_dim" not in values:
+        default = divide_heads(values.get("dim"), values.get("n_heads"))
         values["head_dim"] = found.get("rope.dimension_count", default)
     if found.get(_EXPERT_COUNT, 0):
         values["moe"] = MoeConfig(found[_EXPERT_COUNT], found.get(_EXPERT_USED_COUNT, 2))
@@ -91,12 +91,6 @@ def _refuse_unsupported(found: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{name} is {found[name]!r}, attention.key_length {key_length!r}; they must agree"
             )
-
-
-def _whole(value: Any, name: str) -> int:
-    if not isinstance(value, int):
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number")
-    return value
 
 
 def _read_config(contents: Contents) -> ModelConfig:

@@ -49,7 +49,7 @@ class Layout:
 
 
 def check_names(
-    table: NameTable, config: ModelConfig, stored: Collection[str], *, where: str
+    table: NameTable, config: ModelConfig, stored: Mapping[str, StoredTensor], *, where: str
 ) -> None:
     """Raise CheckpointError if `where` speaks of another kind or number of layers or experts."""
     num_experts = table.count_experts(stored)
@@ -60,7 +60,7 @@ def check_names(
             f"{kinds[num_experts == 0]}; these files do not belong together"
         )
     counts = {"n_layers": (config.n_layers, table.count_layers(stored))}
-    if config.moe is not None and num_experts is not None:
+    if config.moe is not None:
         counts["num_experts"] = (config.moe.num_experts, num_experts)
     for name, (said, found) in counts.items():
         if said != found:

@@ -24,7 +24,7 @@ from tramontane.errors import CheckpointError
 from tramontane.models.transformer import Transformer, build_model
 
 # Threads that wait for the disk or copy; the finite check between them uses torch's own.
-_NUM_READERS = 4
+_NUM_READERS = 3
 
 
 def load_config(path: Path | str) -> ModelConfig:
@@ -95,13 +95,14 @@ class _Filler:
             for name, parts in sources.items():
                 whole = self._find_whole(parts)
                 if whole is not None:
-                    values = whole.read().to(self._device)
+                    parameters[name] = whole.read().to(self._device)
+                    work = partial(self._check, parameters[name])
                 else:
-                    values = torch.empty(self._shapes[name], dtype=self._dtype, device=self._device)
-                    list(readers.map(partial(self._copy, values), parts))
-                parameters[name] = values
-                for part, stored in parts if self._check_finite else ():
-                    check_finite_values(part.find_place(values), stored)
+                    parameters[name] = torch.empty(
+                        self._shapes[name], dtype=self._dtype, device=self._device
+                    )
+                    work = partial(self._copy, parameters[name])
+                list(readers.map(work, parts))
         return parameters
 
     def _find_whole(self, parts: Sequence[tuple[Part, StoredTensor]]) -> StoredTensor | None:
@@ -128,6 +129,12 @@ class _Filler:
             stored.read_into(place)
         else:
             place.copy_(part.change.to_ours(stored.read()))
+        self._check(target, source)
+
+    def _check(self, target: Tensor, source: tuple[Part, StoredTensor]) -> None:
+        part, stored = source
+        if self._check_finite:
+            check_finite_values(part.find_place(target), stored)
 
 
 def _assign(model: Transformer, parameters: dict[str, Tensor], pairs: Sequence[TensorPair]) -> None:

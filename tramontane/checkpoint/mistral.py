@@ -10,7 +10,7 @@ from tramontane.checkpoint.json_file import read_json
 from tramontane.checkpoint.layout import Contents, Layout
 from tramontane.checkpoint.names import MISTRAL as MISTRAL_NAMES
 from tramontane.checkpoint.names import TORRENT as TORRENT_NAMES
-from tramontane.config import ModelConfig
+from tramontane.config import ModelConfig, to_float
 from tramontane.errors import ConfigError
 
 CONFIG_FILE = "params.json"
@@ -28,7 +28,7 @@ def parse_params(values: dict[str, Any]) -> ModelConfig:
     values["tie_embeddings"] = values.pop(_TIED, False)
     if values.get("rope_theta") is None:  # as mistral-inference chose before the field existed
         values["rope_theta"] = 1e6 if values.get("sliding_window") is None else 1e4
-    values["rope_theta"] = float(values["rope_theta"])
+    values["rope_theta"] = to_float(values["rope_theta"], "rope_theta")
     return ModelConfig.from_dict(values)
 
 
@@ -44,7 +44,7 @@ def read_mistral_config(folder: Path) -> ModelConfig:
     path = folder / CONFIG_FILE
     try:
         return parse_params(read_json(path))
-    except (ConfigError, TypeError, ValueError) as error:
+    except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 

@@ -122,18 +122,17 @@ class NameTable:
         matches = (self.pattern.fullmatch(name) for name in stored)
         return len({match["layer"] for match in matches if match and match["layer"]})
 
-    def count_experts(self, stored: Collection[str]) -> int | None:
-        """How many experts the stored names speak of: 0 if dense, None if experts are stacked."""
+    def count_experts(self, stored: Mapping[str, StoredTensor]) -> int:
+        """How many experts the stored tensors speak of, by names or by the router; 0 if dense."""
         numbers: set[str] = set()
-        has_gate = False
-        for name in stored:
+        num_rows = 0
+        for name, tensor in stored.items():
             if match := self.pattern.fullmatch(name):
                 groups = match.groupdict()
                 numbers |= {v for key, v in groups.items() if key != "layer" and v is not None}
-                has_gate |= match["layer"] is not None and name.endswith(self.gate)
-        if self.expert_form == "each":
-            return len(numbers)
-        return None if has_gate else 0
+                if name.endswith(self.gate):
+                    num_rows = max(num_rows, tensor.shape[0] if tensor.shape else 1)
+        return len(numbers) if self.expert_form == "each" else num_rows
 
     def is_derived(self, name: str) -> bool:
         """Whether a tensor holds only what follows from the configuration, and is passed over."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tramontane.tokenizer.tokenizer import Tokenizer
 
 # Beside the tokenizer's own files, what belongs to a model whatever its layout.
-_KEPT_FILES = ("generation_config.json", "chat_template.jinja", "training.json")
+_KEPT_FILES = ("generation_config.json", "training.json")
 _BYTES_PER_VALUE = {"F32": 4, "F16": 2, "BF16": 2, "Q8_0": 34 / 32, "Q4_0": 18 / 32}
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -72,6 +72,8 @@ def _write(
     from tramontane.checkpoint.gguf_writer import write_gguf
     from tramontane.checkpoint.parameters import StoredParameters
     from tramontane.checkpoint.writer import write_hf, write_mistral
+    from tramontane.engine.vocabulary import find_template
+    from tramontane.tokenizer.chat_loading import GGUF_TEMPLATE_KEY, TEMPLATE_FILE
     from tramontane.tokenizer.gguf_vocabulary import describe_for_gguf
 
     config, num_done = checkpoint.config, 0
@@ -82,13 +84,16 @@ def _write(
         num_done += num_bytes
         on_bytes(num_done, max(total, num_done))
 
-    parameters = StoredParameters(checkpoint.pairs)
+    parameters, template = StoredParameters(checkpoint.pairs), find_template(checkpoint)
     if to == "gguf":
-        vocabulary = {} if tokenizer is None else describe_for_gguf(tokenizer)
-        write_gguf(
-            parameters, config, out, encoding=stored, metadata=vocabulary, on_tensor=on_tensor
-        )
+        metadata = {} if tokenizer is None else describe_for_gguf(tokenizer)
+        if template is not None:
+            metadata[GGUF_TEMPLATE_KEY] = template
+        write_gguf(parameters, config, out, encoding=stored, metadata=metadata, on_tensor=on_tensor)
         return
+    extra_files = _read_kept_files(checkpoint)
+    if template is not None:
+        extra_files[TEMPLATE_FILE] = template.encode()
     write = write_hf if to == "hf" else write_mistral
     write(
         parameters,
@@ -96,7 +101,7 @@ def _write(
         out,
         dtype=getattr(torch, _DTYPES[stored]),
         tokenizer=tokenizer,
-        extra_files=_read_kept_files(checkpoint),
+        extra_files=extra_files,
         on_tensor=on_tensor,
     )
 

@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 
 def perplexity(
-    model: Path | None = None,
+    model: str | None = None,
     /,
     *,
     source: Annotated[list[str], Parameter(consume_multiple=True)],
@@ -24,7 +24,8 @@ def perplexity(
     Parameters
     ----------
     model
-        A model folder; without one, the bundled model.
+        A folder or file in any layout, or the id of a model that has been pulled; without it, the
+        bundled model.
     source
         Text files as [DOMAIN=]PATH: .jsonl, .txt, .jsonl.gz or .txt.gz. Records whose "split" is
         "valid" are scored, or the last part of a plain text.
@@ -47,9 +48,10 @@ def perplexity(
     from tramontane.data.token_files import prepare_token_files
     from tramontane.engine.llm import LLM
     from tramontane.errors import ConfigError
+    from tramontane.hub.cache import resolve_model
     from tramontane.train.held_out import measure_held_out
 
-    llm = LLM(model, dtype=torch.float32)
+    llm = LLM(None if model is None else resolve_model(model), dtype=torch.float32)
     length = llm.config.max_seq_len if seq_len is None else seq_len
     if not 1 <= length <= llm.config.max_seq_len:
         raise ConfigError(

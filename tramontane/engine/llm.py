@@ -164,7 +164,7 @@ class LLM:
             raise RequestError(f"the prompt is {prompt!r}; it must be a text that is not empty")
         params = params or self.default_params
         return Sequence(
-            self.tokenizer.encode(prompt, bos=True),
+            self.tokenizer.encode(prompt, bos=self.tokenizer.adds_bos),
             params,
             text_output=TextOutput(IncrementalDecoder(self.tokenizer), stop=params.stop),
             eos_ids=self.generation_config.eos_ids,

@@ -53,7 +53,8 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        embeddings = nn.init.uniform_(torch.empty(config.vocab_size, config.dim), -1.0, 1.0)
+        self.tok_embeddings = nn.Embedding.from_pretrained(embeddings, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from tramontane.config import ModelConfig, MoeConfig
 from tramontane.kernels.dispatch import get_kernels
-from tramontane.nn.router import Routing
+from tramontane.nn.router import INIT_BOUND, Routing
 
 
 class GroupedExperts(nn.Module):
@@ -18,7 +18,7 @@ class GroupedExperts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]))
         self.w3 = nn.Parameter(torch.empty(shape))
         for weight in self.parameters():
-            nn.init.normal_(weight, std=0.02)
+            nn.init.uniform_(weight, -INIT_BOUND, INIT_BOUND)
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """x (T, D) -> the weighted sum of each token's experts, (T, D)."""

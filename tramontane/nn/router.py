@@ -9,6 +9,10 @@ from torch import Tensor, nn
 from tramontane.config import ModelConfig, MoeConfig
 from tramontane.kernels.dispatch import get_kernels
 
+# Deviation 0.02. Not normal_: on the device "meta", where checkpoints are loaded, that imports the
+# compiler, for a second.
+INIT_BOUND = 0.02 * 3**0.5
+
 
 class Routing(NamedTuple):
     """A router's decision for T tokens."""
@@ -25,7 +29,7 @@ class TopKRouter(nn.Module):
         super().__init__()
         self.num_experts_per_tok = moe.num_experts_per_tok
         self.weight = nn.Parameter(torch.empty(moe.num_experts, config.dim))
-        nn.init.normal_(self.weight, std=0.02)
+        nn.init.uniform_(self.weight, -INIT_BOUND, INIT_BOUND)
 
     def forward(self, x: Tensor) -> Routing:
         """x (T, D) -> Routing."""

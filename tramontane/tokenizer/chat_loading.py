@@ -15,7 +15,7 @@ from tramontane.tokenizer.template_format import TemplateFormat
 from tramontane.tokenizer.tokenizer import Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
-_GGUF_KEY = "tokenizer.chat_template"
+GGUF_TEMPLATE_KEY = "tokenizer.chat_template"
 
 
 def load_chat_format(path: str | Path, tokenizer: Tokenizer) -> ChatFormat | None:
@@ -27,7 +27,7 @@ def load_chat_format(path: str | Path, tokenizer: Tokenizer) -> ChatFormat | Non
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    source, origin = _read_template(folder)
+    source, origin = read_template(folder)
     if source is not None:
         return TemplateFormat(source, tokenizer, origin=str(origin))
     version = _read_version(folder)
@@ -38,17 +38,21 @@ def chat_format_from_gguf(
     metadata: Mapping[str, Any], tokenizer: Tokenizer, *, origin: str
 ) -> ChatFormat | None:
     """The format of a GGUF file by its metadata, None for a base model. Raises TokenizerError."""
-    source = metadata.get(_GGUF_KEY)
+    source = metadata.get(GGUF_TEMPLATE_KEY)
     if source is None:
         return None
     try:
         text = bytes(source).decode("utf-8") if isinstance(source, bytes | bytearray) else source
     except UnicodeDecodeError as error:
-        raise TokenizerError(f"{origin}: {_GGUF_KEY} is not UTF-8 ({error})") from error
+        raise TokenizerError(f"{origin}: {GGUF_TEMPLATE_KEY} is not UTF-8 ({error})") from error
     return TemplateFormat(_require_text(text, origin), tokenizer, origin=origin)
 
 
-def _read_template(folder: Path) -> tuple[str | None, Path]:
+def read_template(folder: Path) -> tuple[str | None, Path]:
+    """The source of the folder's Jinja template, if it has one, and the file that was looked at.
+
+    Raises TokenizerError, naming the file, if it cannot be read.
+    """
     file = folder / TEMPLATE_FILE
     if file.is_file():
         return read_text(file), file
