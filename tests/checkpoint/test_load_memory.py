@@ -1,0 +1,46 @@
+"""Peak memory of loading: the model and at most 256 MiB, in every layout and for packed files."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoint import load_memory
+from tests.checkpoint.layouts import LAYOUTS, save_gguf
+from tests.checkpoint.peak_memory import run_program
+from tramontane.config import ModelConfig, MoeConfig
+from tramontane.models.transformer import Transformer, build_model
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak")
+LIMIT = 256 * 1024  # KiB; a layer's experts alone take 302 MB, a matrix of all experts 101 MB
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    """470 MB in fp32, nearly all of it in the experts of two layers."""
+    config = ModelConfig(
+        dim=1024, n_layers=2, head_dim=64, hidden_dim=2304, n_heads=16, n_kv_heads=4,
+        vocab_size=512, moe=MoeConfig(),
+    )  # fmt: skip
+    return build_model(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("save", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_peak_is_the_model_and_little_more(
+    tmp_path: Path, model: Transformer, save: Any, dtype: str
+) -> None:
+    path = save(model, tmp_path / "m")
+    found = run_program(load_memory.__file__, str(path), dtype)
+    assert found["model"] > 200 * 1024
+    assert found["beyond"] < LIMIT, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["Q8_0", "Q4_0"])
+def test_peak_of_packed_files(tmp_path: Path, model: Transformer, encoding: str) -> None:
+    path = save_gguf(model, tmp_path / "m", encoding=encoding)
+    found = run_program(load_memory.__file__, str(path), "bfloat16")
+    assert found["beyond"] < LIMIT, found
