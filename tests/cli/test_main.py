@@ -11,6 +11,8 @@ from tramontane.cli import main as cli
 from tramontane.cli.main import run_command
 from tramontane.errors import CheckpointError
 
+VERBS = ("run", "train", "perplexity", "show", "estimate", "convert", "pull", "list", "rm",
+         "verify", "doctor")  # fmt: skip
 _WRITE_AFTER_INPUT = """
 import sys
 from tramontane.cli import main as cli
@@ -36,10 +38,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(verb in out for verb in ("run", "train", "tokenizer", "doctor"))
+    assert all(verb in out for verb in VERBS)
 
 
-@pytest.mark.parametrize("verb", ["run", "train", "tokenizer train", "doctor"])
+@pytest.mark.parametrize("verb", [*VERBS, "tokenizer train"])
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command([*verb.split(), "--help"]) == 0
     assert f"Usage: tramontane {verb}" in capsys.readouterr().out
