@@ -41,7 +41,7 @@ ALLOWED = {
 TORCH_FREE = ("errors", "atomic", "config", "tokenizer", "hub", "server", "engine.sequence",
               "engine.block_manager", "engine.scheduler", "engine.sampling_params")  # fmt: skip
 MAY_IMPORT_LATE = ("tramontane/cli/", "tramontane/kernels/dispatch.py",
-                   "tramontane/checkpoint/gguf_values.py")  # fmt: skip
+                   "tramontane/checkpoint/files/gguf_values.py")  # fmt: skip
 MAX_LINES = 600
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}

@@ -1,5 +1,6 @@
-"""Weights on disk: read and written as safetensors, never as pickles, never half.
+"""Weights on disk, in any layout: recognised from their content, read in place, written, never run.
 
-`loader.load_model` reads any layout that `intake.py` knows; `writer.save_model` writes a Hugging
-Face folder. Another layout is another module like `hf.py` and one line in `intake.LAYOUTS`.
+`intake.open_checkpoint` says what lies at a path; `loader.load_model` makes a model of it;
+`writer.py` and `gguf_writer.py` write one. Another layout is another table in `names.py`, a module
+like `mistral.py`, and a place in `intake.LAYOUTS`. `files/` knows the formats of single files.
 """

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tramontane.checkpoint.files.stored_tensor import StoredTensor
 from tramontane.checkpoint.names import ExpectedTensor, TensorMap
-from tramontane.checkpoint.stored_tensor import StoredTensor
 from tramontane.errors import CheckpointError
 
 _MAX_LISTED = 50

@@ -15,11 +15,11 @@ import torch
 
 from tramontane.atomic import atomic_file
 from tramontane.checkpoint.assembly import Assembly, convert_values
+from tramontane.checkpoint.files.gguf_values import PACKINGS, load_gguf_library
+from tramontane.checkpoint.files.stored_tensor import DTYPES
 from tramontane.checkpoint.gguf import ARCHITECTURE, describe_for_gguf
-from tramontane.checkpoint.gguf_values import PACKINGS, load_gguf_library
 from tramontane.checkpoint.names import GGUF
 from tramontane.checkpoint.parameters import Parameters
-from tramontane.checkpoint.stored_tensor import DTYPES
 from tramontane.checkpoint.writer import OnTensor
 from tramontane.config import ModelConfig
 from tramontane.errors import CheckpointError

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from tramontane.checkpoint.json_file import read_json
+from tramontane.checkpoint.files.json_file import read_json
+from tramontane.checkpoint.files.stored_tensor import StoredTensor
 from tramontane.checkpoint.layout import Contents, Layout
 from tramontane.checkpoint.names import HF, HF_FUSED
-from tramontane.checkpoint.stored_tensor import StoredTensor
 from tramontane.config import ModelConfig
 from tramontane.errors import CheckpointError, ConfigError
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tramontane.checkpoint.files.json_file import MAX_BYTES
 from tramontane.checkpoint.intake import LAYOUTS
-from tramontane.checkpoint.json_file import MAX_BYTES
 from tramontane.checkpoint.names import NameTable
 from tramontane.config import ModelConfig, MoeConfig
 from tramontane.errors import CheckpointError, ConfigError

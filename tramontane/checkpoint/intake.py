@@ -1,7 +1,7 @@
 """What lies at a path: files told apart by their first bytes, a layout by the tensors' names.
 
-Nothing in a file is run: the pickle in a torch archive is read as symbols (torch_file.py), and
-pickles of the old kind are refused by name.
+Nothing in a file is run: the pickle in a torch archive is read as symbols (files/torch_file.py),
+and pickles of the old kind are refused by name.
 """
 
 import math
@@ -16,15 +16,15 @@ import torch
 
 from tramontane.atomic import find_previous
 from tramontane.checkpoint.check import TensorPair, find_common_dtype, match_tensors
+from tramontane.checkpoint.files.gguf_file import read_gguf
+from tramontane.checkpoint.files.safetensors_file import read_table
+from tramontane.checkpoint.files.stored_tensor import DTYPES, StoredTensor
+from tramontane.checkpoint.files.torch_file import read_torch_table
 from tramontane.checkpoint.gguf import GGUF
-from tramontane.checkpoint.gguf_file import read_gguf
 from tramontane.checkpoint.hf import HUGGING_FACE, check_index, read_index
 from tramontane.checkpoint.layout import Container, Contents, Layout, check_names
 from tramontane.checkpoint.mistral import MISTRAL
 from tramontane.checkpoint.names import NameTable
-from tramontane.checkpoint.safetensors_file import read_table
-from tramontane.checkpoint.stored_tensor import DTYPES, StoredTensor
-from tramontane.checkpoint.torch_file import read_torch_table
 from tramontane.config import ModelConfig
 from tramontane.errors import CheckpointError
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from tramontane.checkpoint.files.stored_tensor import StoredTensor
 from tramontane.checkpoint.names import NameTable
-from tramontane.checkpoint.stored_tensor import StoredTensor
 from tramontane.config import ModelConfig
 from tramontane.errors import CheckpointError
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from tramontane.checkpoint.changes import SAME
 from tramontane.checkpoint.check import TensorPair, check_finite_values
+from tramontane.checkpoint.files.stored_tensor import DTYPES, StoredTensor
 from tramontane.checkpoint.intake import Checkpoint, open_checkpoint
 from tramontane.checkpoint.names import Part
-from tramontane.checkpoint.stored_tensor import DTYPES, StoredTensor
 from tramontane.config import ModelConfig
 from tramontane.errors import CheckpointError
 from tramontane.models.transformer import Transformer, build_model

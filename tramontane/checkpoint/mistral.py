@@ -6,7 +6,7 @@ github.com/mistralai/mistral-inference; the torrent is that of magnet link and t
 from pathlib import Path
 from typing import Any
 
-from tramontane.checkpoint.json_file import read_json
+from tramontane.checkpoint.files.json_file import read_json
 from tramontane.checkpoint.layout import Contents, Layout
 from tramontane.checkpoint.names import MISTRAL as MISTRAL_NAMES
 from tramontane.checkpoint.names import TORRENT as TORRENT_NAMES

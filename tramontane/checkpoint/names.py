@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from tramontane.checkpoint.changes import SAME, TRANSPOSE, Change, pair_halves
-from tramontane.checkpoint.stored_tensor import StoredTensor
+from tramontane.checkpoint.files.stored_tensor import StoredTensor
 from tramontane.config import ModelConfig
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tramontane.checkpoint.check import TensorPair
+from tramontane.checkpoint.files.stored_tensor import StoredTensor
 from tramontane.checkpoint.names import Part
-from tramontane.checkpoint.stored_tensor import StoredTensor
 
 
 class Parameters(Protocol):

@@ -15,9 +15,9 @@ import torch
 from tramontane.atomic import atomic_folder
 from tramontane.checkpoint import hf, mistral
 from tramontane.checkpoint.assembly import Assembly, convert_values
+from tramontane.checkpoint.files.safetensors_file import write_tensors
 from tramontane.checkpoint.names import HF, MISTRAL, NameTable
 from tramontane.checkpoint.parameters import Parameters, ParametersInMemory
-from tramontane.checkpoint.safetensors_file import write_tensors
 from tramontane.config import ModelConfig
 from tramontane.errors import CheckpointError
 from tramontane.models.transformer import Transformer

@@ -107,7 +107,7 @@ def _write(
 
 
 def _name_dtype(checkpoint: "Checkpoint") -> str:
-    from tramontane.checkpoint.stored_tensor import DTYPE_NAMES
+    from tramontane.checkpoint.files.stored_tensor import DTYPE_NAMES
 
     return DTYPE_NAMES[checkpoint.dtype]
 

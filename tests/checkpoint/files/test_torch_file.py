@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.checkpoint import malformed_torch
-from tests.checkpoint.malformed import Malformed
-from tests.checkpoint.malformed_torch import MALFORMED, Changes, archive, encode_zip
+from tests.checkpoint.files import malformed_torch
+from tests.checkpoint.files.malformed import Malformed
+from tests.checkpoint.files.malformed_torch import MALFORMED, Changes, archive, encode_zip
 from tests.checkpoint.peak_memory import run_program
-from tramontane.checkpoint import torch_file
-from tramontane.checkpoint.torch_file import read_torch_table
+from tramontane.checkpoint.files import torch_file
+from tramontane.checkpoint.files.torch_file import read_torch_table
 from tramontane.errors import CheckpointError
 
 _DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from tramontane.checkpoint.untrusted import MAX_BYTES, MAX_RANK, is_countable, shorten
+from tramontane.checkpoint.files.untrusted import MAX_BYTES, MAX_RANK, is_countable, shorten
 from tramontane.errors import CheckpointError
 
 REMEDY = (

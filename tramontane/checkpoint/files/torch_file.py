@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tramontane.checkpoint.stored_tensor import StoredTensor
-from tramontane.checkpoint.torch_pickle import REMEDY, TensorView, follow_pickle
-from tramontane.checkpoint.untrusted import MAX_BYTES, check_name, shorten
-from tramontane.checkpoint.zip_file import Member, read_members
+from tramontane.checkpoint.files.stored_tensor import StoredTensor
+from tramontane.checkpoint.files.torch_pickle import REMEDY, TensorView, follow_pickle
+from tramontane.checkpoint.files.untrusted import MAX_BYTES, check_name, shorten
+from tramontane.checkpoint.files.zip_file import Member, read_members
 from tramontane.errors import CheckpointError
 
 _MAX_PICKLE_BYTES = 2**26

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tramontane.checkpoint.safetensors_file import read_table
+from tramontane.checkpoint.files.safetensors_file import read_table
 from tramontane.errors import CheckpointError
 
 

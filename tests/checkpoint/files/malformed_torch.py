@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.checkpoint.malformed import Malformed
+from tests.checkpoint.files.malformed import Malformed
 from tests.checkpoint.peak_memory import print_growth
-from tramontane.checkpoint.torch_file import read_torch_table
+from tramontane.checkpoint.files.torch_file import read_torch_table
 
 _LOCAL = ("signature", "version", "flags", "method", "time", "date", "crc", "packed", "size",
           "name_size", "extra_size")  # fmt: skip

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tramontane.checkpoint.gguf_values import OTHER_PACKINGS, PACKINGS, PackedTensor, Packing
-from tramontane.checkpoint.stored_tensor import DTYPES, StoredTensor
-from tramontane.checkpoint.untrusted import MAX_BYTES, check_name, shorten
+from tramontane.checkpoint.files.gguf_values import OTHER_PACKINGS, PACKINGS, PackedTensor, Packing
+from tramontane.checkpoint.files.stored_tensor import DTYPES, StoredTensor
+from tramontane.checkpoint.files.untrusted import MAX_BYTES, check_name, shorten
 from tramontane.errors import CheckpointError
 
 _MAGIC = b"GGUF"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tramontane.checkpoint.untrusted import shorten
+from tramontane.checkpoint.files.untrusted import shorten
 from tramontane.errors import CheckpointError
 
 MAX_BYTES = 64 * 2**20  # of a configuration or an index; those of Mixtral 8x22B have 200 KB

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tramontane.checkpoint.stored_tensor import StoredTensor
+from tramontane.checkpoint.files.stored_tensor import StoredTensor
 from tramontane.errors import CheckpointError
 
 _MAX_STEP = 2**22  # values unpacked at once

@@ -10,7 +10,7 @@ from pathlib import Path
 from struct import Struct
 from typing import Any, BinaryIO, NamedTuple
 
-from tramontane.checkpoint.untrusted import check_name
+from tramontane.checkpoint.files.untrusted import check_name
 from tramontane.errors import CheckpointError
 
 _MAX_MEMBERS = 2**17

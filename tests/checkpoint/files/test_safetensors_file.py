@@ -11,12 +11,12 @@ import safetensors
 import safetensors.torch
 import torch
 
-from tests.checkpoint import malformed
-from tests.checkpoint.malformed import MALFORMED, encode, entry
-from tramontane.checkpoint.safetensors_file import parse_json, read_table, write_tensors
+from tests.checkpoint.files import malformed
+from tests.checkpoint.files.malformed import MALFORMED, encode, entry
+from tramontane.checkpoint.files.safetensors_file import parse_json, read_table, write_tensors
 from tramontane.errors import CheckpointError
 
-_ROOT = Path(__file__).parents[2]
+_ROOT = Path(__file__).parents[3]
 _DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

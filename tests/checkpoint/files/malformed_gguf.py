@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.checkpoint.malformed import Malformed
+from tests.checkpoint.files.malformed import Malformed
 from tests.checkpoint.peak_memory import print_growth
-from tramontane.checkpoint.gguf_file import read_gguf
+from tramontane.checkpoint.files.gguf_file import read_gguf
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 _FORMATS = {U8: "B", U16: "H", U32: "I", I32: "i", F32: "f", BOOL: "B", U64: "Q"}

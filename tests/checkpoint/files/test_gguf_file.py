@@ -11,13 +11,13 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-from tests.checkpoint import malformed_gguf
-from tests.checkpoint.malformed import Malformed
-from tests.checkpoint.malformed_gguf import MALFORMED, encode, key, tensor, text
+from tests.checkpoint.files import malformed_gguf
+from tests.checkpoint.files.malformed import Malformed
+from tests.checkpoint.files.malformed_gguf import MALFORMED, encode, key, tensor, text
 from tests.checkpoint.peak_memory import run_program
-from tramontane.checkpoint import gguf_values
-from tramontane.checkpoint.gguf_file import read_gguf
-from tramontane.checkpoint.gguf_values import OTHER_PACKINGS, PACKINGS, PackedTensor
+from tramontane.checkpoint.files import gguf_values
+from tramontane.checkpoint.files.gguf_file import read_gguf
+from tramontane.checkpoint.files.gguf_values import OTHER_PACKINGS, PACKINGS, PackedTensor
 from tramontane.errors import CheckpointError
 
 _PACKED = [packing.name for packing in PACKINGS.values() if packing.block_size > 1]

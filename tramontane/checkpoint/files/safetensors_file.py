@@ -13,9 +13,9 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from tramontane.checkpoint.json_file import parse_json
-from tramontane.checkpoint.stored_tensor import DTYPE_NAMES, DTYPES, StoredTensor
-from tramontane.checkpoint.untrusted import MAX_RANK, check_name, is_countable, shorten
+from tramontane.checkpoint.files.json_file import parse_json
+from tramontane.checkpoint.files.stored_tensor import DTYPE_NAMES, DTYPES, StoredTensor
+from tramontane.checkpoint.files.untrusted import MAX_RANK, check_name, is_countable, shorten
 from tramontane.errors import CheckpointError
 
 _ALIGNMENT = 64  # of the first tensor: a cache line, so that mapped values suit every kernel

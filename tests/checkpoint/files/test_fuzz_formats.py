@@ -9,9 +9,9 @@ from types import TracebackType
 
 import pytest
 
-from tests.checkpoint import fuzz
-from tests.checkpoint.fuzz import FORMATS, check_table, make_case
-from tests.checkpoint.malformed import encode
+from tests.checkpoint.files import fuzz
+from tests.checkpoint.files.fuzz import FORMATS, check_table, make_case
+from tests.checkpoint.files.malformed import encode
 from tests.checkpoint.peak_memory import run_program
 from tramontane.errors import CheckpointError
 

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tests.checkpoint import malformed, malformed_gguf, malformed_torch
+from tests.checkpoint.files import malformed, malformed_gguf, malformed_torch
 from tests.checkpoint.peak_memory import print_growth
-from tramontane.checkpoint.gguf_file import read_gguf
-from tramontane.checkpoint.gguf_values import PACKINGS, PackedTensor
-from tramontane.checkpoint.safetensors_file import read_table
-from tramontane.checkpoint.stored_tensor import StoredTensor
-from tramontane.checkpoint.torch_file import read_torch_table
+from tramontane.checkpoint.files.gguf_file import read_gguf
+from tramontane.checkpoint.files.gguf_values import PACKINGS, PackedTensor
+from tramontane.checkpoint.files.safetensors_file import read_table
+from tramontane.checkpoint.files.stored_tensor import StoredTensor
+from tramontane.checkpoint.files.torch_file import read_torch_table
 
 _INTS = [0, 1, 2, 3, 4, 7, 8, 12, 31, 32, 33, 64, 255, 256, 2**15, 2**16 - 1, 2**16, 2**31 - 1,
          2**31, 2**32 - 1, 2**32, 2**53, 2**60, 2**62, 2**63 - 1, 2**63, 2**64 - 32,
