@@ -1,13 +1,13 @@
 # The commands that the README and CI use. `make help` lists them.
 #
-# The first run makes .venv here and installs the versions of constraints.txt; a change of
-# pyproject.toml or constraints.txt installs again. PYTHON=/path/to/python chooses another Python.
+# The first run makes .venv here, installs the versions of constraints.txt and builds csrc/; a change
+# of these or of pyproject.toml installs again. PYTHON=/path/to/python chooses another Python.
 
 # The first that starts and is 3.11 or newer: a pyenv shim may exist and yet not run.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo "$$p" && break; done)
 BIN := .venv/bin
-SETUP := pyproject.toml constraints.txt
+SETUP := pyproject.toml constraints.txt $(wildcard csrc/*)
 # Set-up talks on standard error and leaves standard input to the program.
 INSTALL := $(BIN)/python -m pip install -qq -c constraints.txt
 QUIET := </dev/null >&2
@@ -42,14 +42,18 @@ docs: .venv/dev-installed ## check that every file and command that the document
 	$(BIN)/python -m pytest tests/test_docs.py $(ARGS)
 
 # torch first and pinned: left to the resolver it may come with gigabytes of CUDA libraries.
-.venv/base-installed: $(SETUP)
+.venv/torch-installed: constraints.txt
 	test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; use make PYTHON=/path/to/python" >&2; exit 1; }
 	echo "Setting up .venv with $(PYTHON): once, a few minutes" >&2
 	test -x $(BIN)/python || "$(PYTHON)" -m venv .venv $(QUIET)
 	$(INSTALL) torch==2.13.0 $(QUIET)
+	touch $@
+
+# Installing builds the native kernels of csrc/, where there is a C++ compiler.
+.venv/base-installed: .venv/torch-installed $(SETUP)
 	$(INSTALL) -e . $(QUIET)
 	touch $@
 
-.venv/dev-installed: .venv/base-installed
+.venv/dev-installed: .venv/torch-installed $(SETUP)
 	$(INSTALL) -e '.[dev]' $(QUIET)
-	touch $@
+	touch .venv/base-installed $@

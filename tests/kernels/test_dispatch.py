@@ -1,11 +1,12 @@
 """Choosing the implementation of the kernels."""
 
 from collections.abc import Iterator
+from inspect import signature
 
 import pytest
 
 from tramontane.errors import ConfigError
-from tramontane.kernels import fused, reference
+from tramontane.kernels import fused, native, reference
 from tramontane.kernels.dispatch import get_kernels
 
 
@@ -16,9 +17,18 @@ def _forget_choice() -> Iterator[None]:
     get_kernels.cache_clear()
 
 
-def test_default_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_built", [False, True])
+def test_default_is_the_fastest_there_is(monkeypatch: pytest.MonkeyPatch, is_built: bool) -> None:
     monkeypatch.delenv("TRAMONTANE_KERNELS", raising=False)
-    assert get_kernels() is fused
+    monkeypatch.setattr(native, "is_available", lambda: is_built)
+    assert get_kernels() is (native if is_built else fused)
+
+
+def test_native_that_has_not_been_built_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAMONTANE_KERNELS", "native")
+    monkeypatch.setattr(native, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="has not been built"):
+        get_kernels()
 
 
 def test_environment_chooses_and_is_logged_once(
@@ -39,9 +49,8 @@ def test_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         get_kernels()
 
 
-def test_both_have_the_same_functions() -> None:
-    names = ["causal_attention", "linear_cross_entropy", "moe_experts", "packed_attention",
-             "rms_norm", "rotate"]  # fmt: skip
-    for name in names:
-        assert callable(getattr(fused, name))
-        assert callable(getattr(reference, name))
+@pytest.mark.parametrize("name", native.__all__)
+def test_all_have_the_same_functions(name: str) -> None:
+    parameters = [list(signature(getattr(module, name)).parameters)
+                  for module in (reference, fused, native)]  # fmt: skip
+    assert parameters[0] == parameters[1] == parameters[2]

@@ -4,7 +4,7 @@ Bounds are relative to the largest entry of each tensor (`measure_error`): 1e-5 
 are of order one, and 1e-4 for gradients.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,7 +20,6 @@ from tests.oracles.hf import (
 )
 from tests.tiny import make_config, make_model, make_tokens
 from tramontane.config import MoeConfig
-from tramontane.kernels.dispatch import get_kernels
 from tramontane.models.transformer import Transformer, build_model
 
 CONFIGS = {
@@ -52,14 +51,9 @@ def draw_like(logits: Tensor) -> Tensor:
     return torch.randn(logits.shape, generator=torch.Generator().manual_seed(5))
 
 
-@pytest.fixture(params=["fused", "reference"])
-def _each_backend(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
-    monkeypatch.setenv("TRAMONTANE_KERNELS", request.param)
-    get_kernels.cache_clear()
-    yield
-    get_kernels.cache_clear()
+@pytest.fixture(params=["native", "fused", "reference"])
+def _each_backend(request: pytest.FixtureRequest, choose_kernels: Callable[[str], None]) -> None:
+    choose_kernels(request.param)
 
 
 @pytest.mark.usefixtures("_each_backend")

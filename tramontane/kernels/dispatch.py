@@ -1,7 +1,8 @@
 """Picks the implementation of each kernel, once, and says which and why.
 
-`TRAMONTANE_KERNELS=reference` runs the specification, for debugging and comparison; the default is
-`fused` (torch with hand-written backward passes).
+`native` (C++, which leaves training and GPUs to `fused`) where the extension has been built, else
+`fused` (torch with hand-written backward passes). `TRAMONTANE_KERNELS=reference` runs the
+specification, for debugging and comparison.
 """
 
 import logging
@@ -10,17 +11,22 @@ from functools import cache
 from types import ModuleType
 
 from tramontane.errors import ConfigError
-from tramontane.kernels import fused, reference
+from tramontane.kernels import fused, native, reference
 
-_BACKENDS: dict[str, ModuleType] = {"fused": fused, "reference": reference}
+_BACKENDS: dict[str, ModuleType] = {"native": native, "fused": fused, "reference": reference}
 
 
 @cache
 def get_kernels() -> ModuleType:
-    """The module whose functions run: `kernels.fused`, or what TRAMONTANE_KERNELS names."""
-    name = os.environ.get("TRAMONTANE_KERNELS", "fused")
+    """The module whose functions run: the fastest there is, or what TRAMONTANE_KERNELS names."""
+    name = os.environ.get("TRAMONTANE_KERNELS")
+    if name is None:
+        name, reason = ("native", "built") if native.is_available() else ("fused", "no extension")
+    else:
+        reason = "TRAMONTANE_KERNELS"
     if name not in _BACKENDS:
         raise ConfigError(f"TRAMONTANE_KERNELS is {name!r}; there are {sorted(_BACKENDS)}")
-    reason = "TRAMONTANE_KERNELS" if "TRAMONTANE_KERNELS" in os.environ else "default"
+    if name == "native" and not native.is_available():
+        raise ConfigError("TRAMONTANE_KERNELS is 'native', but the extension has not been built")
     logging.getLogger(__name__).info("kernels: %s (%s)", name, reason)
     return _BACKENDS[name]

@@ -10,6 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tramontane.kernels.packing import PackedWeight, dequantize
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T: x (..., M), W (N, M), returns (..., N) in the dtype of x."""
+    return F.linear(x, weight)
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) in fp32, cast to the dtype of x (..., D), times weight (D,)."""
@@ -73,6 +80,18 @@ def top_k_routing(logits: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Ten
     return weights, experts[:, :num_experts_per_tok]
 
 
+def top_k_router(
+    x: Tensor, weight: Tensor, num_experts_per_tok: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mixtral's router, x (T, D) and weight (E, D): weights and experts (T, K), logits (T, E).
+
+    The product is in the dtype of x, the rest in fp32; see `top_k_routing`.
+    """
+    logits = linear(x, weight).float()
+    weights, experts = top_k_routing(logits, num_experts_per_tok)
+    return weights, experts, logits
+
+
 def moe_experts(
     x: Tensor, weights: Tensor, experts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
 ) -> Tensor:
@@ -90,6 +109,52 @@ def moe_experts(
             hidden = F.silu(x[rows] @ w1[expert].t()) * (x[rows] @ w3[expert].t())  # (N, F)
             out = out.index_put((rows,), hidden @ w2[expert].t())
         y = y + weights[:, slot, None] * out.float()
+    return y.to(x.dtype)
+
+
+def quantize_rows(x: Tensor, *, group_size: int) -> tuple[Tensor, Tensor]:
+    """Round groups of g values of x (T, K) to int8: x ~ q * scale with scale = max |x| / 127.
+
+    Returns q (T, K) and fp32 scales (T, K/g); halves round to even. A group of zeros has scale 0.
+    """
+    groups = x.float().unflatten(-1, (-1, group_size))  # (T, K/g, g)
+    scales = groups.abs().amax(-1) / 127  # (T, K/g)
+    q = torch.round(groups / scales.masked_fill(scales == 0, 1.0)[..., None])
+    # Below 1e-42 the scale itself is rounded so far that quotients would exceed int8.
+    return q.clamp_(-127, 127).to(torch.int8).flatten(-2), scales
+
+
+def quantized_linear(x: Tensor, weight: PackedWeight) -> Tensor:
+    """x W^T, (T, K) -> (T, N) in the dtype of x, both sides rounded in the weight's groups.
+
+    The product of what `quantize_rows` and `pack` stand for, in fp32. For inference: no gradients.
+    """
+    q, scales = quantize_rows(x, group_size=weight.group_size)
+    rounded = (q.unflatten(-1, (-1, weight.group_size)) * scales[..., None]).flatten(-2)
+    return (rounded @ dequantize(weight).t()).to(x.dtype)
+
+
+def quantized_experts(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    w1: PackedWeight,
+    w2: PackedWeight,
+    w3: PackedWeight,
+) -> Tensor:
+    """`moe_experts` with each product as in `quantized_linear`, in fp32 up to the sum over slots.
+
+    x (T, D), weights and experts (T, K), w1 and w3 stacks of (F, D), w2 of (D, F); returns (T, D)
+    in the dtype of x. Hidden values stay in fp32 between the products. No gradients.
+    """
+    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for slot in range(experts.shape[1]):
+        for expert in experts[:, slot].unique().tolist():
+            rows = torch.nonzero(experts[:, slot] == expert).flatten()  # (N,)
+            one, two, three = (weight.select(expert) for weight in (w1, w2, w3))
+            inputs = x[rows].float()  # (N, D)
+            hidden = F.silu(quantized_linear(inputs, one)) * quantized_linear(inputs, three)
+            y[rows] += weights[rows, slot, None] * quantized_linear(hidden, two)  # (N, D)
     return y.to(x.dtype)
 
 

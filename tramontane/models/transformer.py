@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tramontane.config import ModelConfig
 from tramontane.nn.attention import Attention, AttentionState, PackedSequences
 from tramontane.nn.feed_forward import FeedForward
+from tramontane.nn.linear import Linear
 from tramontane.nn.moe import MoeLayer
 from tramontane.nn.norm import RMSNorm
 from tramontane.nn.rope import RopeAngles, compute_rope
@@ -57,7 +58,7 @@ class Transformer(nn.Module):
         self.tok_embeddings = nn.Embedding.from_pretrained(embeddings, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = Linear(config.dim, config.vocab_size)
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
 

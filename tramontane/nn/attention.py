@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tramontane.config import ModelConfig
 from tramontane.kernels.dispatch import get_kernels
+from tramontane.nn.linear import Linear
 from tramontane.nn.rope import RopeAngles
 
 
@@ -44,10 +45,10 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim, self.window = config.head_dim, config.sliding_window
-        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
-        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
-        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
-        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        self.wq = Linear(config.dim, config.n_heads * config.head_dim)
+        self.wk = Linear(config.dim, config.n_kv_heads * config.head_dim)
+        self.wv = Linear(config.dim, config.n_kv_heads * config.head_dim)
+        self.wo = Linear(config.n_heads * config.head_dim, config.dim)
 
     def forward(self, x: Tensor, rope: RopeAngles, state: AttentionState) -> Tensor:
         """x (T, D) -> (T, D); rope holds the angles of the T positions."""

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tramontane.config import ModelConfig, MoeConfig
@@ -33,6 +32,5 @@ class TopKRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         """x (T, D) -> Routing."""
-        logits = F.linear(x, self.weight).float()  # (T, E)
-        weights, experts = get_kernels().top_k_routing(logits, self.num_experts_per_tok)
-        return Routing(weights, experts, logits)
+        route = get_kernels().top_k_router
+        return Routing(*route(x, self.weight, self.num_experts_per_tok))

@@ -8,14 +8,24 @@ from tramontane.kernels.fused.attention import causal_attention, packed_attentio
 from tramontane.kernels.fused.cross_entropy import linear_cross_entropy
 from tramontane.kernels.fused.elementwise import rms_norm, rotate
 from tramontane.kernels.fused.experts import moe_experts
-from tramontane.kernels.reference import top_k_routing  # short already
+from tramontane.kernels.reference import (
+    linear,  # torch differentiates it well
+    quantized_experts,  # not differentiated, and the native kernels' to make fast
+    quantized_linear,
+    top_k_router,
+    top_k_routing,  # short already
+)
 
 __all__ = [
     "causal_attention",
+    "linear",
     "linear_cross_entropy",
     "moe_experts",
     "packed_attention",
+    "quantized_experts",
+    "quantized_linear",
     "rms_norm",
     "rotate",
+    "top_k_router",
     "top_k_routing",
 ]

@@ -1,0 +1,108 @@
+// What each kernel is asked for. Shapes: T tokens, D dim, F hidden_dim, E experts, K experts per
+// token, H heads, G kv heads, S head_dim, N rows and M columns of a matrix.
+#pragma once
+
+#include <cstdint>
+
+#include "team.h"
+
+namespace tramontane {
+
+enum class Type : int { kFloat = 0, kBfloat16 = 1 };
+
+// Numbers in memory, row after row.
+struct Values {
+  const void* data;
+  Type type;
+};
+
+// A matrix (N, M) of a linear layer, or several stacked: plain numbers, or 4 or 8 bits in groups as
+// `tramontane/kernels/packing.py` lays them out.
+struct Weight {
+  const void* data;          // plain (N, M), or qweight
+  Type type;                 // of plain numbers
+  int bits;                  // 0: plain
+  const uint16_t* scales;    // fp16 (NB, M / group, 16)
+  const uint8_t* zeros;      // as the scales, or null: 8 or 128 everywhere
+  int64_t num_rows, num_columns, group;
+};
+
+// out_i = x weight_i^T for matrices that read the same x: queries, keys and values, say.
+constexpr int kMaxOutputs = 3;
+struct LinearArguments {
+  Values x;  // (T, M)
+  int64_t num_tokens;
+  int num_outputs;
+  Weight weights[kMaxOutputs];
+  void* outs[kMaxOutputs];  // (T, N_i), of the type of x
+};
+
+struct ExpertsArguments {
+  Values x;  // (T, D)
+  int64_t num_tokens, num_experts, num_slots;
+  const float* slot_weights;  // (T, K)
+  const int64_t* experts;     // (T, K)
+  Weight w1, w2, w3;          // of the first expert; the others follow
+  void* out;                  // (T, D), of the type of x
+};
+
+struct NormArguments {
+  Values x;  // (T, D)
+  Values weight;
+  int64_t num_tokens, dim;
+  float eps;
+  void* out;
+};
+
+struct RotateArguments {
+  Values x;  // (T, H, S), tokens `stride` numbers apart
+  int64_t num_tokens, num_heads, head_dim, stride;
+  const float *cos, *sin;  // (T, S / 2)
+  void* out;               // (T, H, S)
+};
+
+struct AttentionArguments {
+  Values q;  // (T, H, S), the last T of M positions
+  Values k, v;  // (G, M, S), heads `head_stride` numbers apart
+  int64_t num_queries, num_keys, num_heads, num_kv_heads, head_dim;
+  int64_t head_stride;
+  int64_t window;  // keys that a query sees; 0: all
+  void* out;       // (T, H, S)
+};
+
+struct RouterArguments {
+  Values x;       // (T, D)
+  Values weight;  // (E, D)
+  int64_t num_tokens, dim, num_experts, num_slots;
+  float* slot_weights;  // (T, K)
+  int64_t* experts;     // (T, K)
+  float* logits;        // (T, E)
+};
+
+// Memory for intermediate results: of this thread, grown as needed, kept.
+class Scratch {
+ public:
+  ~Scratch();
+  // `size` bytes, aligned to 64, filled with anything. Throws std::bad_alloc.
+  void* reserve(int64_t size);
+
+ private:
+  void* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// The kernels of one instruction set.
+struct KernelTable {
+  const char* name;
+  void (*linear)(const LinearArguments&, Scratch&, int num_threads);
+  void (*experts)(const ExpertsArguments&, Scratch&, int num_threads);
+  void (*norm)(const NormArguments&, Scratch&, int num_threads);
+  void (*rotate)(const RotateArguments&, Scratch&, int num_threads);
+  void (*attention)(const AttentionArguments&, Scratch&, int num_threads);
+  void (*router)(const RouterArguments&, Scratch&, int num_threads);
+};
+
+// The best that this processor runs, or the one called `name`; null if it does not run that one.
+const KernelTable* find_kernels(const char* name);
+
+}  // namespace tramontane

@@ -1,0 +1,167 @@
+// Linear layers: x (T, M) times one or several matrices (N, M), plain or packed.
+#pragma once
+
+#include "packed.h"
+
+namespace tramontane {
+namespace TRAMONTANE_ISA {
+
+constexpr int64_t kChunk = 96;        // columns that a thread takes at once: 4 panels, 6 blocks
+constexpr int64_t kRowsAtOnce = 256;  // rows whose results wait for their conversion
+constexpr int64_t kMinWork = 1 << 15; // multiplications below which one thread is faster
+
+static inline int choose_threads(int64_t work, int num_threads) {
+  return work < kMinWork ? 1 : num_threads;
+}
+
+static inline int64_t count_chunks(int64_t num_columns) {
+  return (num_columns + kChunk - 1) / kChunk;
+}
+
+static inline void widen(const void* from, Type type, int64_t at, int64_t count, float* to) {
+  if (type == Type::kFloat) {
+    std::memcpy(to, static_cast<const float*>(from) + at, static_cast<size_t>(count) * 4);
+    return;
+  }
+  const auto* bits = static_cast<const uint16_t*>(from) + at;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(bits + i));
+  for (; i < count; ++i) to[i] = bf16_to_float(bits[i]);
+}
+
+static inline void narrow(const float* from, int64_t count, void* to, Type type, int64_t at) {
+  if (type == Type::kFloat) {
+    std::memcpy(static_cast<float*>(to) + at, from, static_cast<size_t>(count) * 4);
+    return;
+  }
+  auto* bits = static_cast<uint16_t*>(to) + at;
+  for (int64_t i = 0; i < count; ++i) bits[i] = float_to_bf16(from[i]);
+}
+
+// Inputs of a product as its weights want them: rows of fp32 in whole vectors, or of 8 bits.
+class Inputs {
+ public:
+  // Bytes of `num_rows` inputs for products with `weight`.
+  static int64_t count_bytes(int64_t num_rows, const Weight& weight) {
+    return num_rows * count_stride(weight);
+  }
+
+  Inputs(char* memory, const Weight& weight)
+      : data_(memory),
+        stride_(count_stride(weight)),
+        length_(weight.num_columns),
+        group_(weight.bits == 0 ? 0 : weight.group) {}
+
+  // Fill row `row` from `x` (M,); `wide` is memory for M numbers.
+  void set(int64_t row, const void* x, Type type, int64_t at, float* wide) {
+    if (group_ == 0) return set_plain(row, x, type, at);
+    widen(x, type, at, length_, wide);
+    pack(row, wide);
+  }
+
+  // Fill row `row`, of fp32.
+  void set_plain(int64_t row, const void* x, Type type, int64_t at) {
+    char* const to = data_ + row * stride_;
+    widen(x, type, at, length_, reinterpret_cast<float*>(to));
+    std::memset(to + length_ * 4, 0, static_cast<size_t>(stride_ - length_ * 4));
+  }
+
+  // Fill row `row`, of 8 bits, from fp32.
+  void pack(int64_t row, const float* x) { pack_row(x, length_, group_, data_ + row * stride_); }
+
+  const float* plain(int64_t row) const { return reinterpret_cast<const float*>(data_ + row * stride_); }
+  PackedRow packed(int64_t row) const { return locate_row(data_ + row * stride_, length_, group_); }
+
+ private:
+  static int64_t count_stride(const Weight& weight) {
+    if (weight.bits != 0) return count_row_bytes(weight.num_columns, weight.group);
+    return round_up(weight.num_columns * 4, 64);
+  }
+
+  char* data_;
+  int64_t stride_, length_, group_;
+};
+
+// out[i][c - begin] = inputs[which[i]] . column c, for `count` rows; which = null: rows first ...
+static inline void multiply(const Inputs& inputs, const int64_t* which, int64_t first, int64_t count,
+                            const Weight& weight, int64_t expert, int64_t begin, int64_t end,
+                            float* out, int64_t out_stride, float* panel) {
+  constexpr int64_t kMany = 64;  // pointers to rows that fit on the stack
+  for (int64_t done = 0; done < count; done += kMany) {
+    const int64_t some = count - done < kMany ? count - done : kMany;
+    float* const to = out + done * out_stride;
+    const float* plain_rows[kMany];
+    PackedRow packed_rows[kMany];
+    for (int64_t i = 0; i < some; ++i) {
+      const int64_t row = which == nullptr ? first + done + i : which[done + i];
+      if (weight.bits == 0) plain_rows[i] = inputs.plain(row);
+      else packed_rows[i] = inputs.packed(row);
+    }
+    if (weight.bits == 0)
+      multiply_plain(plain_rows, some, weight, expert, begin, end, to, out_stride, panel);
+    else
+      multiply_packed(packed_rows, some, weight, expert, begin, end, to, out_stride);
+  }
+}
+
+class LinearTask final : public Task {
+ public:
+  LinearTask(const LinearArguments& arguments, Scratch& scratch, int num_threads)
+      : a_(arguments), length_(arguments.weights[0].num_columns) {
+    const int64_t rows = a_.num_tokens < kRowsAtOnce ? a_.num_tokens : kRowsAtOnce;
+    thread_bytes_ = round_up(rows * kChunk * 4, 64) + count_panel_bytes(length_) +
+                    round_up(length_, 16) * 4;
+    const int64_t input_bytes = Inputs::count_bytes(a_.num_tokens, a_.weights[0]);
+    memory_ = static_cast<char*>(scratch.reserve(input_bytes + thread_bytes_ * num_threads));
+    thread_memory_ = memory_ + input_bytes;
+    for (int i = 0; i < a_.num_outputs; ++i) num_items_ += count_chunks(a_.weights[i].num_rows);
+  }
+
+  void run(Team& team, int thread) override {
+    char* memory = thread_memory_ + thread * thread_bytes_;
+    float* const panel = reinterpret_cast<float*>(memory);
+    memory += count_panel_bytes(length_);
+    float* const wide = reinterpret_cast<float*>(memory);
+    float* const results = wide + round_up(length_, 16);
+    Inputs inputs(memory_, a_.weights[0]);
+    for (int64_t t; (t = team.take(a_.num_tokens)) < a_.num_tokens;)
+      inputs.set(t, a_.x.data, a_.x.type, t * length_, wide);
+    team.wait();
+    for (int64_t item; (item = team.take(num_items_)) < num_items_;)
+      run_chunk(inputs, item, results, panel);
+  }
+
+ private:
+  void run_chunk(const Inputs& inputs, int64_t chunk, float* results, float* panel) {
+    int which = 0;
+    while (chunk >= count_chunks(a_.weights[which].num_rows))
+      chunk -= count_chunks(a_.weights[which++].num_rows);
+    const Weight& weight = a_.weights[which];
+    const int64_t begin = chunk * kChunk;
+    const int64_t end = begin + kChunk < weight.num_rows ? begin + kChunk : weight.num_rows;
+    for (int64_t t = 0; t < a_.num_tokens; t += kRowsAtOnce) {
+      const int64_t count = a_.num_tokens - t < kRowsAtOnce ? a_.num_tokens - t : kRowsAtOnce;
+      multiply(inputs, nullptr, t, count, weight, 0, begin, end, results, kChunk, panel);
+      for (int64_t i = 0; i < count; ++i)
+        narrow(results + i * kChunk, end - begin, a_.outs[which], a_.x.type,
+               (t + i) * weight.num_rows + begin);
+    }
+  }
+
+  const LinearArguments& a_;
+  const int64_t length_;
+  int64_t thread_bytes_ = 0, num_items_ = 0;
+  char *memory_ = nullptr, *thread_memory_ = nullptr;
+};
+
+static void linear(const LinearArguments& arguments, Scratch& scratch, int num_threads) {
+  int64_t num_columns = 0;
+  for (int i = 0; i < arguments.num_outputs; ++i) num_columns += arguments.weights[i].num_rows;
+  const int64_t work = arguments.num_tokens * num_columns * arguments.weights[0].num_columns;
+  num_threads = choose_threads(work, num_threads);
+  LinearTask task(arguments, scratch, num_threads);
+  run_team(task, num_threads);
+}
+
+}  // namespace TRAMONTANE_ISA
+}  // namespace tramontane

@@ -1,0 +1,109 @@
+// The Python module `tramontane.kernels._native`: addresses and sizes in, nothing but numbers out.
+//
+// Python has checked shapes and types (tramontane/kernels/native.py); here they are believed.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <stdexcept>
+
+#include "kernels.h"
+
+namespace nb = nanobind;
+using namespace tramontane;
+
+namespace {
+
+const KernelTable* kernels = nullptr;
+thread_local Scratch scratch;
+
+template <class Pointee>
+Pointee* at(uintptr_t address) {
+  return reinterpret_cast<Pointee*>(address);
+}
+
+Type to_type(int type) { return static_cast<Type>(type); }
+
+void build_weight(Weight* self, uintptr_t data, int type, int bits, uintptr_t scales,
+                  uintptr_t zeros, int64_t num_rows, int64_t num_columns, int64_t group) {
+  new (self) Weight{at<const void>(data), to_type(type), bits, at<const uint16_t>(scales),
+                    at<const uint8_t>(zeros), num_rows, num_columns, group};
+}
+
+void run_linear(uintptr_t x, int type, int64_t num_tokens, nb::tuple weights, nb::tuple outs,
+                int num_threads) {
+  LinearArguments arguments{{at<const void>(x), to_type(type)}, num_tokens, 0, {}, {}};
+  if (weights.size() > kMaxOutputs || outs.size() != weights.size())
+    throw std::invalid_argument("linear: 1 to 3 weights, and as many outputs");
+  for (size_t i = 0; i < weights.size(); ++i) {
+    arguments.weights[i] = nb::cast<const Weight&>(weights[i]);
+    arguments.outs[i] = at<void>(nb::cast<uintptr_t>(outs[i]));
+  }
+  arguments.num_outputs = static_cast<int>(weights.size());
+  nb::gil_scoped_release release;
+  kernels->linear(arguments, scratch, num_threads);
+}
+
+void run_experts(uintptr_t x, int type, int64_t num_tokens, int64_t num_experts, int64_t num_slots,
+                 uintptr_t slot_weights, uintptr_t experts, const Weight& w1, const Weight& w2,
+                 const Weight& w3, uintptr_t out, int num_threads) {
+  kernels->experts({{at<const void>(x), to_type(type)}, num_tokens, num_experts, num_slots,
+                    at<const float>(slot_weights), at<const int64_t>(experts), w1, w2, w3,
+                    at<void>(out)},
+                   scratch, num_threads);
+}
+
+void run_norm(uintptr_t x, int type, uintptr_t weight, int weight_type, int64_t num_tokens,
+              int64_t dim, float eps, uintptr_t out, int num_threads) {
+  kernels->norm({{at<const void>(x), to_type(type)}, {at<const void>(weight), to_type(weight_type)},
+                 num_tokens, dim, eps, at<void>(out)},
+                scratch, num_threads);
+}
+
+void run_rotate(uintptr_t x, int type, int64_t num_tokens, int64_t num_heads, int64_t head_dim,
+                int64_t stride, uintptr_t cos, uintptr_t sin, uintptr_t out, int num_threads) {
+  kernels->rotate({{at<const void>(x), to_type(type)}, num_tokens, num_heads, head_dim, stride,
+                   at<const float>(cos), at<const float>(sin), at<void>(out)},
+                  scratch, num_threads);
+}
+
+void run_attention(uintptr_t q, int type, uintptr_t k, uintptr_t v, int cache_type,
+                   int64_t num_queries, int64_t num_keys, int64_t num_heads, int64_t num_kv_heads,
+                   int64_t head_dim, int64_t head_stride, int64_t window, uintptr_t out,
+                   int num_threads) {
+  kernels->attention({{at<const void>(q), to_type(type)}, {at<const void>(k), to_type(cache_type)},
+                      {at<const void>(v), to_type(cache_type)}, num_queries, num_keys, num_heads,
+                      num_kv_heads, head_dim, head_stride, window, at<void>(out)},
+                     scratch, num_threads);
+}
+
+void run_router(uintptr_t x, int type, uintptr_t weight, int weight_type, int64_t num_tokens,
+                int64_t dim, int64_t num_experts, int64_t num_slots, uintptr_t slot_weights,
+                uintptr_t experts, uintptr_t logits, int num_threads) {
+  kernels->router({{at<const void>(x), to_type(type)}, {at<const void>(weight), to_type(weight_type)},
+                   num_tokens, dim, num_experts, num_slots, at<float>(slot_weights),
+                   at<int64_t>(experts), at<float>(logits)},
+                  scratch, num_threads);
+}
+
+bool choose_kernels(const std::string& name) {
+  const KernelTable* found = find_kernels(name.empty() ? nullptr : name.c_str());
+  if (found != nullptr) kernels = found;
+  return found != nullptr;
+}
+
+}  // namespace
+
+NB_MODULE(_native, module) {
+  kernels = find_kernels(nullptr);
+  nb::class_<Weight>(module, "Weight").def("__init__", build_weight);
+  const auto without_gil = nb::call_guard<nb::gil_scoped_release>();
+  module.def("linear", run_linear);
+  module.def("experts", run_experts, without_gil);
+  module.def("norm", run_norm, without_gil);
+  module.def("rotate", run_rotate, without_gil);
+  module.def("attention", run_attention, without_gil);
+  module.def("router", run_router, without_gil);
+  module.def("use_openmp", [](const std::string& path) { return use_openmp(path.c_str()); });
+  module.def("choose_kernels", choose_kernels);
+  module.def("get_name", [] { return std::string(kernels->name); });
+}

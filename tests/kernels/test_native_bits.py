@@ -1,0 +1,106 @@
+"""A row's bits are the same whatever rows come with it, on any number of threads."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.test_native import BEST, INSTRUCTION_SETS, draw, draw_routing, draw_weight
+from tramontane.kernels import native
+
+BATCHES = [*range(1, 65), 512]
+
+
+@pytest.fixture(autouse=True, params=INSTRUCTION_SETS)
+def _instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
+    assert native._native.choose_kernels(request.param)
+    with torch.no_grad():
+        yield
+    native._native.choose_kernels(BEST)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def _num_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_rows_stand_alone(run: Callable[[slice], Tensor], num_rows: int = 512) -> None:
+    """`run(rows)` gives the outputs of these rows alone: the same bits as among all of them."""
+    torch.set_num_threads(1)
+    alone = torch.cat([run(slice(i, i + 1)) for i in range(num_rows)])
+    torch.set_num_threads(2)
+    for size in BATCHES:
+        for start in {0, (num_rows - size) // 2, num_rows - size}:
+            rows = slice(start, start + size)
+            assert torch.equal(run(rows), alone[rows]), (size, start)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear(dtype: torch.dtype) -> None:
+    x, weight = draw(512, 72).to(dtype), draw(53, 72, seed=1).to(dtype)
+    assert_rows_stand_alone(lambda rows: native.linear(x[rows], weight))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_linear(bits: int) -> None:
+    x, weight = draw(512, 64), draw_weight(53, 64, bits=bits, symmetric=False)
+    assert_rows_stand_alone(lambda rows: native.quantized_linear(x[rows], weight))
+
+
+@pytest.mark.parametrize("bits", [0, 4, 8])
+def test_experts(bits: int) -> None:
+    """Random groupings: any rows, with their own routing."""
+    x, (weights, experts) = draw(512, 64).bfloat16(), draw_routing(512, 8, 2)
+    shapes = [(8, 96, 64), (8, 64, 96), (8, 96, 64)]
+    if bits == 0:
+        plain = [draw(*shape).bfloat16() for shape in shapes]
+        assert_rows_stand_alone(
+            lambda rows: native.moe_experts(x[rows], weights[rows], experts[rows], *plain)
+        )
+        return
+    packed = [draw_weight(*shape, bits=bits) for shape in shapes]
+    assert_rows_stand_alone(
+        lambda rows: native.quantized_experts(x[rows], weights[rows], experts[rows], *packed)
+    )
+
+
+def test_experts_of_a_shuffled_batch() -> None:
+    x, (weights, experts) = draw(300, 64).bfloat16(), draw_routing(300, 8, 2)
+    plain = [draw(8, *shape).bfloat16() for shape in ((96, 64), (64, 96), (96, 64))]
+    expected = native.moe_experts(x, weights, experts, *plain)
+    for seed in range(10):
+        order = torch.randperm(300, generator=torch.Generator().manual_seed(seed))
+        actual = native.moe_experts(x[order], weights[order], experts[order], *plain)
+        assert torch.equal(actual, expected[order])
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_attention_in_chunks(window: int | None) -> None:
+    """A query reads the same, however many queries come with it."""
+    q, k, v = draw(150, 4, 32), draw(2, 150, 32, seed=1), draw(2, 150, 32, seed=2)
+    whole = native.causal_attention(q, k, v, window=window)
+    for chunk in range(1, 65):
+        for start in range(0, 150, chunk):
+            end = min(150, start + chunk)
+            part = native.causal_attention(q[start:end], k[:, :end], v[:, :end], window=window)
+            assert torch.equal(part, whole[start:end]), (chunk, start)
+
+
+@pytest.mark.usefixtures("_num_threads")
+def test_any_number_of_threads() -> None:
+    x, (weights, experts) = draw(40, 256).bfloat16(), draw_routing(40, 8, 2)
+    plain = [draw(8, *shape).bfloat16() for shape in ((512, 256), (256, 512), (512, 256))]
+    q, k, v = draw(40, 8, 64), draw(2, 40, 64, seed=1), draw(2, 40, 64, seed=2)
+
+    def run() -> list[Tensor]:
+        return [native.linear(x, plain[0][0]), native.rms_norm(x, x[0], 1e-5),
+                native.moe_experts(x, weights, experts, *plain),
+                native.causal_attention(q, k, v), *native.top_k_router(x, x[:8], 2)]  # fmt: skip
+
+    actual = run()
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(actual, run(), strict=True))

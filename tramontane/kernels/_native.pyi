@@ -1,0 +1,41 @@
+"""The extension module of csrc/module.cpp. Addresses are those of tensors' first numbers.
+
+Types: 0 is fp32, 1 is bf16. `bits` of a weight is 0 for plain numbers.
+"""
+
+class Weight:
+    """A matrix (N, M), or the first of a stack."""
+
+    def __init__(
+        self, data: int, type: int, bits: int, scales: int, zeros: int, num_rows: int,
+        num_columns: int, group: int, /,
+    ) -> None: ...  # fmt: skip
+
+def linear(
+    x: int, type: int, num_tokens: int, weights: tuple[Weight, ...], outs: tuple[int, ...],
+    num_threads: int, /,
+) -> None: ...  # fmt: skip
+def experts(
+    x: int, type: int, num_tokens: int, num_experts: int, num_slots: int, slot_weights: int,
+    experts: int, w1: Weight, w2: Weight, w3: Weight, out: int, num_threads: int, /,
+) -> None: ...  # fmt: skip
+def norm(
+    x: int, type: int, weight: int, weight_type: int, num_tokens: int, dim: int, eps: float,
+    out: int, num_threads: int, /,
+) -> None: ...  # fmt: skip
+def rotate(
+    x: int, type: int, num_tokens: int, num_heads: int, head_dim: int, stride: int, cos: int,
+    sin: int, out: int, num_threads: int, /,
+) -> None: ...  # fmt: skip
+def attention(
+    q: int, type: int, k: int, v: int, cache_type: int, num_queries: int, num_keys: int,
+    num_heads: int, num_kv_heads: int, head_dim: int, head_stride: int, window: int, out: int,
+    num_threads: int, /,
+) -> None: ...  # fmt: skip
+def router(
+    x: int, type: int, weight: int, weight_type: int, num_tokens: int, dim: int, num_experts: int,
+    num_slots: int, slot_weights: int, experts: int, logits: int, num_threads: int, /,
+) -> None: ...  # fmt: skip
+def use_openmp(path: str, /) -> bool: ...
+def choose_kernels(name: str, /) -> bool: ...
+def get_name() -> str: ...

@@ -1,0 +1,252 @@
+"""The kernels of `reference.py` in C++ (csrc/), for inference on the CPU.
+
+One binary holds them for AVX-512, AVX2 and any processor, and the best is chosen at run time;
+TRAMONTANE_ISA=avx2 or portable chooses another. They share torch's threads. What they do not
+compute (gradients, other devices and dtypes) goes to `fused`. Shapes as in `reference.py`.
+
+A row's bits depend neither on the rows that come with it nor on the number of threads.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tramontane.errors import ConfigError
+from tramontane.kernels import fused
+from tramontane.kernels.fused import linear_cross_entropy
+from tramontane.kernels.packing import PackedWeight
+
+try:
+    from tramontane.kernels import _native
+except ImportError:  # not built, which `is_available` says
+    _native = None  # type: ignore[assignment]
+
+__all__ = [
+    "causal_attention",
+    "linear",
+    "linear_cross_entropy",
+    "moe_experts",
+    "packed_attention",
+    "quantized_experts",
+    "quantized_linear",
+    "rms_norm",
+    "rotate",
+    "top_k_router",
+    "top_k_routing",
+]
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}  # Type of csrc/kernels.h
+_OPENMP_NAMES = ("libgomp", "libiomp", "libomp")
+
+
+def is_available() -> bool:
+    """Whether the extension has been built."""
+    return _native is not None
+
+
+def get_instruction_set() -> str:
+    """The one whose kernels run: avx512, avx2 or portable."""
+    return _native.get_name()
+
+
+def _set_up() -> None:
+    """Choose the instruction set and find torch's threads."""
+    if _native is None:
+        return
+    name = os.environ.get("TRAMONTANE_ISA", "")
+    if not _native.choose_kernels(name):
+        raise ConfigError(
+            f"TRAMONTANE_ISA is {name!r}; this processor runs {get_instruction_set()}, and there "
+            "are avx512, avx2 and portable"
+        )
+    maps = Path("/proc/self/maps")
+    paths = maps.read_text().split() if maps.exists() else []
+    libraries = {p for p in paths if Path(p).name.startswith(_OPENMP_NAMES) and "torch" in p}
+    any(_native.use_openmp(path) for path in sorted(libraries))
+
+
+_set_up()
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """See `reference.linear`."""
+    if not _runs_natively(x, weight):
+        return fused.linear(x, weight)
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return _multiply(x, _describe(weight), out)
+
+
+def quantized_linear(x: Tensor, weight: PackedWeight) -> Tensor:
+    """See `reference.quantized_linear`."""
+    if not _runs_natively(x):
+        return fused.quantized_linear(x, weight)
+    out = x.new_empty((*x.shape[:-1], weight.out_features))
+    return _multiply(x, _describe_packed(weight), out)
+
+
+def moe_experts(
+    x: Tensor, weights: Tensor, experts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
+) -> Tensor:
+    """See `reference.moe_experts`."""
+    if not _runs_natively(x, w1, w2, w3):
+        return fused.moe_experts(x, weights, experts, w1, w2, w3)
+    described = (_describe(w1), _describe(w2), _describe(w3))
+    return _run_experts(x, weights, experts, described, num_experts=len(w1))
+
+
+def quantized_experts(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    w1: PackedWeight,
+    w2: PackedWeight,
+    w3: PackedWeight,
+) -> Tensor:
+    """See `reference.quantized_experts`."""
+    if not _runs_natively(x):
+        return fused.quantized_experts(x, weights, experts, w1, w2, w3)
+    described = (_describe_packed(w1), _describe_packed(w2), _describe_packed(w3))
+    return _run_experts(x, weights, experts, described, num_experts=len(w1.qweight))
+
+
+def top_k_router(
+    x: Tensor, weight: Tensor, num_experts_per_tok: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.top_k_router`."""
+    if not _runs_natively(x, weight):
+        return fused.top_k_router(x, weight, num_experts_per_tok)
+    (num_tokens, dim), num_experts = x.shape, len(weight)
+    weights = x.new_empty((num_tokens, num_experts_per_tok), dtype=torch.float32)
+    experts = x.new_empty((num_tokens, num_experts_per_tok), dtype=torch.int64)
+    logits = x.new_empty((num_tokens, num_experts), dtype=torch.float32)
+    _native.router(
+        x.data_ptr(), _TYPES[x.dtype], weight.data_ptr(), _TYPES[weight.dtype], num_tokens, dim,
+        num_experts, num_experts_per_tok, weights.data_ptr(), experts.data_ptr(),
+        logits.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return weights, experts, logits
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `reference.rms_norm`."""
+    if not _runs_natively(x, weight):
+        return fused.rms_norm(x, weight, eps)
+    out, dim = torch.empty_like(x), x.shape[-1]
+    _native.norm(
+        x.data_ptr(), _TYPES[x.dtype], weight.data_ptr(), _TYPES[weight.dtype],
+        x.numel() // max(1, dim), dim, eps, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See `reference.rotate`."""
+    num_tokens, num_heads, head_dim = x.shape
+    is_ours = x.stride()[1:] == (head_dim, 1) and _runs_natively(x[:0], cos, sin)
+    if not is_ours:
+        return fused.rotate(x, cos, sin)
+    out = x.new_empty(x.shape)
+    _native.rotate(
+        x.data_ptr(), _TYPES[x.dtype], num_tokens, num_heads, head_dim, x.stride(0),
+        cos.data_ptr(), sin.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None) -> Tensor:
+    """See `reference.causal_attention`."""
+    if not _attends_natively(q, k, v):
+        return fused.causal_attention(q, k, v, window=window)
+    out = torch.empty_like(q)
+    _attend(q, k, v, out, window=window)
+    return out
+
+
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int], *, window: int | None = None
+) -> Tensor:
+    """See `reference.packed_attention`."""
+    if not _attends_natively(q, k, v):
+        return fused.packed_attention(q, k, v, seqlens, window=window)
+    out, start = torch.empty_like(q), 0
+    for length in seqlens:
+        part = slice(start, start + length)
+        _attend(q[part], k[:, part], v[:, part], out[part], window=window)
+        start += length
+    return out
+
+
+def top_k_routing(logits: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
+    """See `reference.top_k_routing`; `top_k_router` does it together with the logits."""
+    return fused.top_k_routing(logits, num_experts_per_tok)
+
+
+def _runs_natively(*tensors: Tensor) -> bool:
+    """Whether these are contiguous bf16 or fp32 in the CPU's memory, and no gradient is wanted."""
+    for tensor in tensors:
+        if tensor.dtype not in _TYPES or not tensor.is_cpu or not tensor.is_contiguous():
+            return False
+        if tensor.requires_grad and torch.is_grad_enabled():
+            return False
+    return True
+
+
+def _attends_natively(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """As `_runs_natively`; the heads of keys and values may be any distance apart."""
+    is_dense = k.stride()[1:] == v.stride()[1:] == (k.shape[2], 1) and k.stride(0) == v.stride(0)
+    return is_dense and k.dtype == v.dtype and _runs_natively(q, k[:1], v[:1])
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, window: int | None) -> None:
+    num_queries, num_heads, head_dim = q.shape
+    _native.attention(
+        q.data_ptr(), _TYPES[q.dtype], k.data_ptr(), v.data_ptr(), _TYPES[k.dtype], num_queries,
+        k.shape[1], num_heads, k.shape[0], head_dim, k.stride(0), window or 0, out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _describe(weight: Tensor) -> "_native.Weight":
+    """A plain matrix (N, M), or a stack of them, for the kernels."""
+    num_rows, num_columns = weight.shape[-2:]
+    return _native.Weight(
+        weight.data_ptr(), _TYPES[weight.dtype], 0, 0, 0, num_rows, num_columns, 0
+    )
+
+
+def _describe_packed(weight: PackedWeight) -> "_native.Weight":
+    zeros = 0 if weight.zeros is None else weight.zeros.data_ptr()
+    return _native.Weight(
+        weight.qweight.data_ptr(), 0, weight.bits, weight.scales.data_ptr(), zeros,
+        weight.out_features, weight.in_features, weight.group_size,
+    )  # fmt: skip
+
+
+def _multiply(x: Tensor, weight: "_native.Weight", out: Tensor) -> Tensor:
+    if out.numel():
+        _native.linear(
+            x.data_ptr(), _TYPES[x.dtype], x.numel() // x.shape[-1], (weight,), (out.data_ptr(),),
+            torch.get_num_threads(),
+        )  # fmt: skip
+    return out
+
+
+def _run_experts(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    described: "tuple[_native.Weight, _native.Weight, _native.Weight]",
+    *,
+    num_experts: int,
+) -> Tensor:
+    out = torch.empty_like(x)
+    weights, experts = weights.contiguous(), experts.contiguous()
+    w1, w2, w3 = described
+    _native.experts(
+        x.data_ptr(), _TYPES[x.dtype], len(x), num_experts, experts.shape[1], weights.data_ptr(),
+        experts.data_ptr(), w1, w2, w3, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
