@@ -49,6 +49,15 @@ static void norm(const NormArguments& arguments, Scratch& scratch, int num_threa
   run_team(task, num_threads);
 }
 
+// Turn the pairs (i, i + half) of a head.
+static inline void turn_pairs(float* head, int64_t half, const float* cos, const float* sin) {
+  for (int64_t i = 0; i < half; ++i) {
+    const float first = head[i], second = head[half + i];
+    head[i] = first * cos[i] - second * sin[i];
+    head[half + i] = second * cos[i] + first * sin[i];
+  }
+}
+
 class RotateTask final : public Task {
  public:
   RotateTask(const RotateArguments& arguments, Scratch& scratch, int num_threads)
@@ -64,11 +73,7 @@ class RotateTask final : public Task {
       const float *cos = a_.cos + t * half, *sin = a_.sin + t * half;
       for (int64_t h = 0; h < a_.num_heads; ++h) {
         widen(a_.x.data, a_.x.type, t * a_.stride + h * a_.head_dim, a_.head_dim, head);
-        for (int64_t i = 0; i < half; ++i) {
-          const float first = head[i], second = head[half + i];
-          head[i] = first * cos[i] - second * sin[i];
-          head[half + i] = second * cos[i] + first * sin[i];
-        }
+        turn_pairs(head, half, cos, sin);
         narrow(head, a_.head_dim, a_.out, a_.x.type, (t * a_.num_heads + h) * a_.head_dim);
       }
     }

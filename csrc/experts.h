@@ -146,7 +146,7 @@ class ExpertsTask final : public Task {
         total[i] = k == 0 ? part : total[i] + part;
       }
     }
-    narrow(total, dim_, a_.out, a_.x.type, (first_ + t) * dim_);
+    narrow_and_add(total, dim_, a_.residual, a_.out, a_.x.type, (first_ + t) * dim_);
   }
 
   const ExpertsArguments& a_;

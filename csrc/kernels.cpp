@@ -17,6 +17,7 @@ const KernelTable kernel_table = {TRAMONTANE_TEXT(TRAMONTANE_ISA),
                                   experts,
                                   norm,
                                   rotate,
+                                  store_in_cache,
                                   attention,
                                   router};
 

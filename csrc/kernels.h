@@ -35,6 +35,7 @@ struct LinearArguments {
   int num_outputs;
   Weight weights[kMaxOutputs];
   void* outs[kMaxOutputs];  // (T, N_i), of the type of x
+  const void* residual;     // (T, N), of the type of x, to be added to the only output; or null
 };
 
 struct ExpertsArguments {
@@ -44,6 +45,7 @@ struct ExpertsArguments {
   const int64_t* experts;     // (T, K)
   Weight w1, w2, w3;          // of the first expert; the others follow
   void* out;                  // (T, D), of the type of x
+  const void* residual;       // (T, D), of the type of x, to be added; or null
 };
 
 struct NormArguments {
@@ -61,11 +63,36 @@ struct RotateArguments {
   void* out;               // (T, H, S)
 };
 
+// Keys and values of one layer in blocks of `block_size` tokens: number s of head g of the token in
+// slot n of block b is at ((b * G + g) * block_size + n) * S + s.
+struct Cache {
+  void *keys, *values;
+  Type type;
+  int64_t block_size;
+};
+
+// The tokens of one sequence in a batch: the last `num_queries` of `num_keys` positions.
+struct Sequence {
+  int64_t num_queries, num_keys;
+  Cache cache;
+  const int64_t* blocks;  // block of the positions 0 .. block_size - 1, of the next ones, ...
+};
+
+// What has been multiplied for attention goes where it is read.
+struct StoreArguments {
+  void *q;              // (T, H, S), turned in place
+  const void *k, *v;    // (T, G, S); k is turned
+  Type type;
+  int64_t num_tokens, num_heads, num_kv_heads, head_dim;
+  const float *cos, *sin;  // (T, S / 2)
+  const Sequence* sequences;
+  int64_t num_sequences;
+};
+
 struct AttentionArguments {
-  Values q;  // (T, H, S), the last T of M positions
-  Values k, v;  // (G, M, S), heads `head_stride` numbers apart
-  int64_t num_queries, num_keys, num_heads, num_kv_heads, head_dim;
-  int64_t head_stride;
+  Values q;  // (T, H, S), the tokens of the sequences one after another
+  const Sequence* sequences;
+  int64_t num_sequences, num_heads, num_kv_heads, head_dim;
   int64_t window;  // keys that a query sees; 0: all
   void* out;       // (T, H, S)
 };
@@ -98,6 +125,7 @@ struct KernelTable {
   void (*experts)(const ExpertsArguments&, Scratch&, int num_threads);
   void (*norm)(const NormArguments&, Scratch&, int num_threads);
   void (*rotate)(const RotateArguments&, Scratch&, int num_threads);
+  void (*store)(const StoreArguments&, Scratch&, int num_threads);
   void (*attention)(const AttentionArguments&, Scratch&, int num_threads);
   void (*router)(const RouterArguments&, Scratch&, int num_threads);
 };

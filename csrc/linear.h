@@ -38,6 +38,23 @@ static inline void narrow(const float* from, int64_t count, void* to, Type type,
   for (int64_t i = 0; i < count; ++i) bits[i] = float_to_bf16(from[i]);
 }
 
+// As `narrow`, with `residual` added to what has been rounded, and the sum rounded again; it may be
+// where the result goes. Without one (null) as `narrow`.
+static inline void narrow_and_add(float* from, int64_t count, const void* residual, void* to,
+                                  Type type, int64_t at) {
+  if (residual != nullptr) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (type == Type::kFloat) {
+        from[i] = static_cast<const float*>(residual)[at + i] + from[i];
+      } else {
+        const float rounded = bf16_to_float(float_to_bf16(from[i]));
+        from[i] = bf16_to_float(static_cast<const uint16_t*>(residual)[at + i]) + rounded;
+      }
+    }
+  }
+  narrow(from, count, to, type, at);
+}
+
 // Inputs of a product as its weights want them: rows of fp32 in whole vectors, or of 8 bits.
 class Inputs {
  public:
@@ -143,8 +160,8 @@ class LinearTask final : public Task {
       const int64_t count = a_.num_tokens - t < kRowsAtOnce ? a_.num_tokens - t : kRowsAtOnce;
       multiply(inputs, nullptr, t, count, weight, 0, begin, end, results, kChunk, panel);
       for (int64_t i = 0; i < count; ++i)
-        narrow(results + i * kChunk, end - begin, a_.outs[which], a_.x.type,
-               (t + i) * weight.num_rows + begin);
+        narrow_and_add(results + i * kChunk, end - begin, a_.residual, a_.outs[which], a_.x.type,
+                       (t + i) * weight.num_rows + begin);
     }
   }
 

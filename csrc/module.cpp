@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 
+#include "decoder.h"
 #include "kernels.h"
 
 namespace nb = nanobind;
@@ -15,6 +16,7 @@ namespace {
 
 const KernelTable* kernels = nullptr;
 thread_local Scratch scratch;
+constexpr int64_t kFirstBlock[] = {0};
 
 template <class Pointee>
 Pointee* at(uintptr_t address) {
@@ -31,7 +33,7 @@ void build_weight(Weight* self, uintptr_t data, int type, int bits, uintptr_t sc
 
 void run_linear(uintptr_t x, int type, int64_t num_tokens, nb::tuple weights, nb::tuple outs,
                 int num_threads) {
-  LinearArguments arguments{{at<const void>(x), to_type(type)}, num_tokens, 0, {}, {}};
+  LinearArguments arguments{{at<const void>(x), to_type(type)}, num_tokens, 0, {}, {}, nullptr};
   if (weights.size() > kMaxOutputs || outs.size() != weights.size())
     throw std::invalid_argument("linear: 1 to 3 weights, and as many outputs");
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -48,7 +50,7 @@ void run_experts(uintptr_t x, int type, int64_t num_tokens, int64_t num_experts,
                  const Weight& w3, uintptr_t out, int num_threads) {
   kernels->experts({{at<const void>(x), to_type(type)}, num_tokens, num_experts, num_slots,
                     at<const float>(slot_weights), at<const int64_t>(experts), w1, w2, w3,
-                    at<void>(out)},
+                    at<void>(out), nullptr},
                    scratch, num_threads);
 }
 
@@ -66,13 +68,15 @@ void run_rotate(uintptr_t x, int type, int64_t num_tokens, int64_t num_heads, in
                   scratch, num_threads);
 }
 
+// Keys and values whose heads lie `head_slots` tokens apart: a cache of one block.
 void run_attention(uintptr_t q, int type, uintptr_t k, uintptr_t v, int cache_type,
                    int64_t num_queries, int64_t num_keys, int64_t num_heads, int64_t num_kv_heads,
-                   int64_t head_dim, int64_t head_stride, int64_t window, uintptr_t out,
+                   int64_t head_dim, int64_t head_slots, int64_t window, uintptr_t out,
                    int num_threads) {
-  kernels->attention({{at<const void>(q), to_type(type)}, {at<const void>(k), to_type(cache_type)},
-                      {at<const void>(v), to_type(cache_type)}, num_queries, num_keys, num_heads,
-                      num_kv_heads, head_dim, head_stride, window, at<void>(out)},
+  const Cache cache{at<void>(k), at<void>(v), to_type(cache_type), head_slots};
+  const Sequence sequence{num_queries, num_keys, cache, kFirstBlock};
+  kernels->attention({{at<const void>(q), to_type(type)}, &sequence, 1, num_heads, num_kv_heads,
+                      head_dim, window, at<void>(out)},
                      scratch, num_threads);
 }
 
@@ -83,6 +87,50 @@ void run_router(uintptr_t x, int type, uintptr_t weight, int weight_type, int64_
                    num_tokens, dim, num_experts, num_slots, at<float>(slot_weights),
                    at<int64_t>(experts), at<float>(logits)},
                   scratch, num_threads);
+}
+
+void build_decoder(Decoder* self, nb::tuple sizes, float eps, int type, uintptr_t embeddings,
+                   uintptr_t norm) {
+  const auto size = [&](size_t i) { return nb::cast<int64_t>(sizes[i]); };
+  const DecoderShape shape{size(0), size(1), size(2), size(3), size(4),
+                           size(5), size(6), eps,     to_type(type)};
+  new (self) Decoder(shape, {at<const void>(embeddings), to_type(type)},
+                     {at<const void>(norm), to_type(type)});
+}
+
+void add_layer(Decoder& decoder, int type, uintptr_t attention_norm, uintptr_t ffn_norm,
+               nb::tuple attention, uintptr_t gate, nb::tuple experts, int64_t num_experts) {
+  const auto values = [&](uintptr_t address) {
+    return Values{at<const void>(address), to_type(type)};
+  };
+  const auto weight = [](nb::tuple weights, size_t i) -> const Weight& {
+    return nb::cast<const Weight&>(weights[i]);
+  };
+  decoder.add_layer({values(attention_norm), values(ffn_norm), weight(attention, 0),
+                     weight(attention, 1), weight(attention, 2), weight(attention, 3),
+                     values(gate), weight(experts, 0), weight(experts, 1), weight(experts, 2),
+                     num_experts});
+}
+
+// A cache is (num_queries, num_keys, keys, values_offset, layer_offset, type, block_size, blocks);
+// no blocks: the first is all.
+void run_decoder(const Decoder& decoder, uintptr_t tokens, nb::list caches, uintptr_t cos,
+                 uintptr_t sin, uintptr_t hidden, uintptr_t slot_weights, uintptr_t experts,
+                 uintptr_t logits, int num_threads) {
+  std::vector<SequenceCache> described;
+  for (nb::handle item : caches) {
+    const nb::tuple cache = nb::cast<nb::tuple>(item);
+    const auto number = [&](size_t i) { return nb::cast<int64_t>(cache[i]); };
+    const auto blocks = nb::cast<uintptr_t>(cache[7]);
+    described.push_back({number(0), number(1), at<char>(nb::cast<uintptr_t>(cache[2])), number(3),
+                         number(4), to_type(static_cast<int>(number(5))), number(6),
+                         blocks == 0 ? kFirstBlock : at<const int64_t>(blocks)});
+  }
+  nb::gil_scoped_release release;
+  decoder.run(*kernels, scratch, at<const int64_t>(tokens), described, at<const float>(cos),
+              at<const float>(sin),
+              {at<void>(hidden), at<float>(slot_weights), at<int64_t>(experts), at<float>(logits)},
+              num_threads);
 }
 
 bool choose_kernels(const std::string& name) {
@@ -96,6 +144,10 @@ bool choose_kernels(const std::string& name) {
 NB_MODULE(_native, module) {
   kernels = find_kernels(nullptr);
   nb::class_<Weight>(module, "Weight").def("__init__", build_weight);
+  nb::class_<Decoder>(module, "Decoder")
+      .def("__init__", build_decoder)
+      .def("add_layer", add_layer)
+      .def("run", run_decoder);
   const auto without_gil = nb::call_guard<nb::gil_scoped_release>();
   module.def("linear", run_linear);
   module.def("experts", run_experts, without_gil);

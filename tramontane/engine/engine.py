@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tramontane.engine.kv_cache import KVCache, batch_layer_caches
+from tramontane.engine.native_model import build_native_model
 from tramontane.engine.sampler import Sampler
 from tramontane.engine.sequence import Sequence
 from tramontane.errors import CheckpointError, ConfigError
@@ -58,6 +59,7 @@ class Engine:
                 f"{max_num_batched_tokens}; both must be at least 1, and the first no larger"
             )
         self._model = model
+        self._native = build_native_model(model)
         self._vocab_size = vocab_size or model.config.vocab_size
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
@@ -137,13 +139,16 @@ class Engine:
             start = sequence.num_cached_tokens
             positions += range(start, start + num_tokens)
             tokens += sequence.token_ids[start : start + num_tokens]
+        caches = [running.cache for running, _ in shares]
+        seqlens = [num_tokens for _, num_tokens in shares]
         device = self._model.tok_embeddings.weight.device
-        states = batch_layer_caches(
-            [running.cache for running, _ in shares], [num_tokens for _, num_tokens in shares]
-        )
-        return self._model(
-            torch.tensor(tokens, device=device), torch.tensor(positions, device=device), states
-        )
+        token_ids = torch.tensor(tokens, device=device)
+        if self._native is not None:
+            output = self._native.run(token_ids, seqlens, caches)
+            if output is not None:
+                return output
+        states = batch_layer_caches(caches, seqlens)
+        return self._model(token_ids, torch.tensor(positions, device=device), states)
 
     def _record(self, shares: Items[_Share], output: ForwardOutput) -> None:
         wanted = any(running.sequence.collect_routing for running, _ in shares)

@@ -3,12 +3,29 @@
 Types: 0 is fp32, 1 is bf16. `bits` of a weight is 0 for plain numbers.
 """
 
+from collections.abc import Sequence
+
 class Weight:
     """A matrix (N, M), or the first of a stack."""
 
     def __init__(
         self, data: int, type: int, bits: int, scales: int, zeros: int, num_rows: int,
         num_columns: int, group: int, /,
+    ) -> None: ...  # fmt: skip
+
+class Decoder:
+    """See csrc/decoder.h."""
+
+    def __init__(
+        self, sizes: tuple[int, ...], eps: float, type: int, embeddings: int, norm: int, /
+    ) -> None: ...
+    def add_layer(
+        self, type: int, attention_norm: int, ffn_norm: int, attention: tuple[Weight, ...],
+        gate: int, experts: tuple[Weight, ...], num_experts: int, /,
+    ) -> None: ...  # fmt: skip
+    def run(
+        self, tokens: int, caches: Sequence[tuple[int, ...]], cos: int, sin: int, hidden: int,
+        slot_weights: int, experts: int, logits: int, num_threads: int, /,
     ) -> None: ...  # fmt: skip
 
 def linear(
@@ -29,7 +46,7 @@ def rotate(
 ) -> None: ...  # fmt: skip
 def attention(
     q: int, type: int, k: int, v: int, cache_type: int, num_queries: int, num_keys: int,
-    num_heads: int, num_kv_heads: int, head_dim: int, head_stride: int, window: int, out: int,
+    num_heads: int, num_kv_heads: int, head_dim: int, head_slots: int, window: int, out: int,
     num_threads: int, /,
 ) -> None: ...  # fmt: skip
 def router(

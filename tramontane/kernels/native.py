@@ -24,6 +24,7 @@ try:
 except ImportError:  # not built, which `is_available` says
     _native = None  # type: ignore[assignment]
 
+# The kernels; `is_available`, `describe`, ... are for those who know that it is these.
 __all__ = [
     "causal_attention",
     "linear",
@@ -38,7 +39,7 @@ __all__ = [
     "top_k_routing",
 ]
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}  # Type of csrc/kernels.h
+TYPES = {torch.float32: 0, torch.bfloat16: 1}  # Type of csrc/kernels.h
 _OPENMP_NAMES = ("libgomp", "libiomp", "libomp")
 
 
@@ -76,7 +77,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if not _runs_natively(x, weight):
         return fused.linear(x, weight)
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    return _multiply(x, _describe(weight), out)
+    return _multiply(x, describe(weight), out)
 
 
 def quantized_linear(x: Tensor, weight: PackedWeight) -> Tensor:
@@ -84,7 +85,7 @@ def quantized_linear(x: Tensor, weight: PackedWeight) -> Tensor:
     if not _runs_natively(x):
         return fused.quantized_linear(x, weight)
     out = x.new_empty((*x.shape[:-1], weight.out_features))
-    return _multiply(x, _describe_packed(weight), out)
+    return _multiply(x, describe(weight), out)
 
 
 def moe_experts(
@@ -93,7 +94,7 @@ def moe_experts(
     """See `reference.moe_experts`."""
     if not _runs_natively(x, w1, w2, w3):
         return fused.moe_experts(x, weights, experts, w1, w2, w3)
-    described = (_describe(w1), _describe(w2), _describe(w3))
+    described = (describe(w1), describe(w2), describe(w3))
     return _run_experts(x, weights, experts, described, num_experts=len(w1))
 
 
@@ -108,7 +109,7 @@ def quantized_experts(
     """See `reference.quantized_experts`."""
     if not _runs_natively(x):
         return fused.quantized_experts(x, weights, experts, w1, w2, w3)
-    described = (_describe_packed(w1), _describe_packed(w2), _describe_packed(w3))
+    described = (describe(w1), describe(w2), describe(w3))
     return _run_experts(x, weights, experts, described, num_experts=len(w1.qweight))
 
 
@@ -123,7 +124,7 @@ def top_k_router(
     experts = x.new_empty((num_tokens, num_experts_per_tok), dtype=torch.int64)
     logits = x.new_empty((num_tokens, num_experts), dtype=torch.float32)
     _native.router(
-        x.data_ptr(), _TYPES[x.dtype], weight.data_ptr(), _TYPES[weight.dtype], num_tokens, dim,
+        x.data_ptr(), TYPES[x.dtype], weight.data_ptr(), TYPES[weight.dtype], num_tokens, dim,
         num_experts, num_experts_per_tok, weights.data_ptr(), experts.data_ptr(),
         logits.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -136,7 +137,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return fused.rms_norm(x, weight, eps)
     out, dim = torch.empty_like(x), x.shape[-1]
     _native.norm(
-        x.data_ptr(), _TYPES[x.dtype], weight.data_ptr(), _TYPES[weight.dtype],
+        x.data_ptr(), TYPES[x.dtype], weight.data_ptr(), TYPES[weight.dtype],
         x.numel() // max(1, dim), dim, eps, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -150,7 +151,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return fused.rotate(x, cos, sin)
     out = x.new_empty(x.shape)
     _native.rotate(
-        x.data_ptr(), _TYPES[x.dtype], num_tokens, num_heads, head_dim, x.stride(0),
+        x.data_ptr(), TYPES[x.dtype], num_tokens, num_heads, head_dim, x.stride(0),
         cos.data_ptr(), sin.data_ptr(), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -187,7 +188,7 @@ def top_k_routing(logits: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Ten
 def _runs_natively(*tensors: Tensor) -> bool:
     """Whether these are contiguous bf16 or fp32 in the CPU's memory, and no gradient is wanted."""
     for tensor in tensors:
-        if tensor.dtype not in _TYPES or not tensor.is_cpu or not tensor.is_contiguous():
+        if tensor.dtype not in TYPES or not tensor.is_cpu or not tensor.is_contiguous():
             return False
         if tensor.requires_grad and torch.is_grad_enabled():
             return False
@@ -195,40 +196,42 @@ def _runs_natively(*tensors: Tensor) -> bool:
 
 
 def _attends_natively(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """As `_runs_natively`; the heads of keys and values may be any distance apart."""
-    is_dense = k.stride()[1:] == v.stride()[1:] == (k.shape[2], 1) and k.stride(0) == v.stride(0)
-    return is_dense and k.dtype == v.dtype and _runs_natively(q, k[:1], v[:1])
+    """As `_runs_natively`; the heads of keys and values may be some tokens farther apart."""
+    _, num_keys, head_dim = k.shape
+    distance = k.stride(0)
+    is_laid_so = (
+        k.stride() == v.stride() == (distance, head_dim, 1)
+        and distance % head_dim == 0
+        and distance >= num_keys * head_dim
+    )
+    return is_laid_so and k.dtype == v.dtype and _runs_natively(q, k[:1, :1], v[:1, :1])
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, window: int | None) -> None:
     num_queries, num_heads, head_dim = q.shape
     _native.attention(
-        q.data_ptr(), _TYPES[q.dtype], k.data_ptr(), v.data_ptr(), _TYPES[k.dtype], num_queries,
-        k.shape[1], num_heads, k.shape[0], head_dim, k.stride(0), window or 0, out.data_ptr(),
-        torch.get_num_threads(),
+        q.data_ptr(), TYPES[q.dtype], k.data_ptr(), v.data_ptr(), TYPES[k.dtype], num_queries,
+        k.shape[1], num_heads, k.shape[0], head_dim, k.stride(0) // head_dim, window or 0,
+        out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
 
 
-def _describe(weight: Tensor) -> "_native.Weight":
-    """A plain matrix (N, M), or a stack of them, for the kernels."""
+def describe(weight: Tensor | PackedWeight) -> "_native.Weight":
+    """A matrix (N, M), or a stack of them, for the extension; the caller keeps its memory."""
+    if isinstance(weight, PackedWeight):
+        zeros = 0 if weight.zeros is None else weight.zeros.data_ptr()
+        return _native.Weight(
+            weight.qweight.data_ptr(), 0, weight.bits, weight.scales.data_ptr(), zeros,
+            weight.out_features, weight.in_features, weight.group_size,
+        )  # fmt: skip
     num_rows, num_columns = weight.shape[-2:]
-    return _native.Weight(
-        weight.data_ptr(), _TYPES[weight.dtype], 0, 0, 0, num_rows, num_columns, 0
-    )
-
-
-def _describe_packed(weight: PackedWeight) -> "_native.Weight":
-    zeros = 0 if weight.zeros is None else weight.zeros.data_ptr()
-    return _native.Weight(
-        weight.qweight.data_ptr(), 0, weight.bits, weight.scales.data_ptr(), zeros,
-        weight.out_features, weight.in_features, weight.group_size,
-    )  # fmt: skip
+    return _native.Weight(weight.data_ptr(), TYPES[weight.dtype], 0, 0, 0, num_rows, num_columns, 0)
 
 
 def _multiply(x: Tensor, weight: "_native.Weight", out: Tensor) -> Tensor:
     if out.numel():
         _native.linear(
-            x.data_ptr(), _TYPES[x.dtype], x.numel() // x.shape[-1], (weight,), (out.data_ptr(),),
+            x.data_ptr(), TYPES[x.dtype], x.numel() // x.shape[-1], (weight,), (out.data_ptr(),),
             torch.get_num_threads(),
         )  # fmt: skip
     return out
@@ -246,7 +249,7 @@ def _run_experts(
     weights, experts = weights.contiguous(), experts.contiguous()
     w1, w2, w3 = described
     _native.experts(
-        x.data_ptr(), _TYPES[x.dtype], len(x), num_experts, experts.shape[1], weights.data_ptr(),
+        x.data_ptr(), TYPES[x.dtype], len(x), num_experts, experts.shape[1], weights.data_ptr(),
         experts.data_ptr(), w1, w2, w3, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
