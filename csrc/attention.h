@@ -58,12 +58,10 @@ class StoreTask final : public Task {
   float* memory_;
 };
 
-static void store_in_cache(const StoreArguments& arguments, Scratch& scratch, int num_threads) {
+static void store_in_cache(const StoreArguments& arguments, Context& context) {
   const int64_t num_heads = arguments.num_heads + 2 * arguments.num_kv_heads;
   const int64_t work = arguments.num_tokens * num_heads * arguments.head_dim;
-  num_threads = choose_threads(work, num_threads);
-  StoreTask task(arguments, scratch, num_threads);
-  run_team(task, num_threads);
+  launch<StoreTask>(context, work, arguments);
 }
 
 class AttentionTask final : public Task {
@@ -256,14 +254,12 @@ class AttentionTask final : public Task {
   float* memory_;
 };
 
-static void attention(const AttentionArguments& arguments, Scratch& scratch, int num_threads) {
+static void attention(const AttentionArguments& arguments, Context& context) {
   int64_t work = 0;
   for (int64_t s = 0; s < arguments.num_sequences; ++s)
     work += arguments.sequences[s].num_queries * arguments.sequences[s].num_keys;
   if (work == 0) return;
-  num_threads = choose_threads(work * arguments.num_heads * arguments.head_dim, num_threads);
-  AttentionTask task(arguments, scratch, num_threads);
-  run_team(task, num_threads);
+  launch<AttentionTask>(context, work * arguments.num_heads * arguments.head_dim, arguments);
 }
 
 }  // namespace TRAMONTANE_ISA

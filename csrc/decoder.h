@@ -41,6 +41,9 @@ struct DecoderResults {
   float* logits;
 };
 
+// Parts of a step whose time is counted.
+enum Part { kEmbeddings, kNorms, kAttentionLinear, kAttention, kRouter, kExperts, kNumParts };
+
 class Decoder {
  public:
   Decoder(const DecoderShape& shape, Values embeddings, Values norm)
@@ -50,20 +53,25 @@ class Decoder {
 
   // `cos` and `sin` hold the angles of the positions 0, 1, ... (S / 2 each). Tokens lie sequence after
   // sequence. Throws std::bad_alloc.
-  void run(const KernelTable& kernels, Scratch& scratch, const int64_t* tokens,
+  void run(const KernelTable& kernels, const int64_t* tokens,
            const std::vector<SequenceCache>& caches, const float* cos, const float* sin,
-           const DecoderResults& results, int num_threads) const;
+           const DecoderResults& results, int num_threads);
+
+  // Seconds that all calls of `run` have spent in each part.
+  const double* seconds() const { return seconds_; }
 
  private:
   struct Buffers;
+  class Pass;
 
-  void run_layer(const KernelTable& kernels, Scratch& scratch, int64_t index,
-                 const std::vector<SequenceCache>& caches, const Buffers& buffers,
-                 const DecoderResults& results, int num_threads) const;
+  void run_layer(const KernelTable& kernels, Context& context, int64_t index,
+                 const std::vector<Sequence>& sequences, const Buffers& buffers,
+                 const DecoderResults& results, double* seconds) const;
 
   DecoderShape shape_;
   Values embeddings_, norm_;
   std::vector<DecoderLayer> layers_;
+  double seconds_[kNumParts] = {};
 };
 
 }  // namespace tramontane

@@ -43,10 +43,8 @@ class NormTask final : public Task {
   float* memory_;
 };
 
-static void norm(const NormArguments& arguments, Scratch& scratch, int num_threads) {
-  num_threads = choose_threads(arguments.num_tokens * arguments.dim, num_threads);
-  NormTask task(arguments, scratch, num_threads);
-  run_team(task, num_threads);
+static void norm(const NormArguments& arguments, Context& context) {
+  launch<NormTask>(context, arguments.num_tokens * arguments.dim, arguments);
 }
 
 // Turn the pairs (i, i + half) of a head.
@@ -85,11 +83,9 @@ class RotateTask final : public Task {
   float* memory_;
 };
 
-static void rotate(const RotateArguments& arguments, Scratch& scratch, int num_threads) {
+static void rotate(const RotateArguments& arguments, Context& context) {
   const int64_t work = arguments.num_tokens * arguments.num_heads * arguments.head_dim;
-  num_threads = choose_threads(work, num_threads);
-  RotateTask task(arguments, scratch, num_threads);
-  run_team(task, num_threads);
+  launch<RotateTask>(context, work, arguments);
 }
 
 }  // namespace TRAMONTANE_ISA

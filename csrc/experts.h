@@ -158,14 +158,12 @@ class ExpertsTask final : public Task {
   int64_t *token_of_row_, *row_of_slot_, *begins_;
 };
 
-static void experts(const ExpertsArguments& arguments, Scratch& scratch, int num_threads) {
+static void experts(const ExpertsArguments& arguments, Context& context) {
   for (int64_t t = 0; t < arguments.num_tokens; t += kTokensAtOnce) {
     const int64_t rest = arguments.num_tokens - t;
     const int64_t count = rest < kTokensAtOnce ? rest : kTokensAtOnce;
     const int64_t matrix = arguments.w1.num_rows * arguments.w1.num_columns;
-    const int threads = choose_threads(3 * count * arguments.num_slots * matrix, num_threads);
-    ExpertsTask task(arguments, t, count, scratch, threads);
-    run_team(task, threads);
+    launch<ExpertsTask>(context, 3 * count * arguments.num_slots * matrix, arguments, t, count);
   }
 }
 

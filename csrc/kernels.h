@@ -121,13 +121,13 @@ class Scratch {
 // The kernels of one instruction set.
 struct KernelTable {
   const char* name;
-  void (*linear)(const LinearArguments&, Scratch&, int num_threads);
-  void (*experts)(const ExpertsArguments&, Scratch&, int num_threads);
-  void (*norm)(const NormArguments&, Scratch&, int num_threads);
-  void (*rotate)(const RotateArguments&, Scratch&, int num_threads);
-  void (*store)(const StoreArguments&, Scratch&, int num_threads);
-  void (*attention)(const AttentionArguments&, Scratch&, int num_threads);
-  void (*router)(const RouterArguments&, Scratch&, int num_threads);
+  void (*linear)(const LinearArguments&, Context&);
+  void (*experts)(const ExpertsArguments&, Context&);
+  void (*norm)(const NormArguments&, Context&);
+  void (*rotate)(const RotateArguments&, Context&);
+  void (*store)(const StoreArguments&, Context&);
+  void (*attention)(const AttentionArguments&, Context&);
+  void (*router)(const RouterArguments&, Context&);
 };
 
 // The best that this processor runs, or the one called `name`; null if it does not run that one.

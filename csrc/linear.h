@@ -1,6 +1,8 @@
 // Linear layers: x (T, M) times one or several matrices (N, M), plain or packed.
 #pragma once
 
+#include <new>
+
 #include "packed.h"
 
 namespace tramontane {
@@ -8,10 +10,38 @@ namespace TRAMONTANE_ISA {
 
 constexpr int64_t kChunk = 96;        // columns that a thread takes at once: 4 panels, 6 blocks
 constexpr int64_t kRowsAtOnce = 256;  // rows whose results wait for their conversion
-constexpr int64_t kMinWork = 1 << 15; // multiplications below which one thread is faster
+constexpr int64_t kMinWork = 1 << 17; // multiplications below which one thread is faster
 
 static inline int choose_threads(int64_t work, int num_threads) {
   return work < kMinWork ? 1 : num_threads;
+}
+
+// Build a task for `arguments` and run it: `work` multiplications, on one thread if they are few.
+template <class SomeTask, class... Arguments>
+static void launch(Context& context, int64_t work, const Arguments&... arguments) {
+  const int num_threads = choose_threads(work, context.num_threads);
+  if (context.team == nullptr) {
+    SomeTask task(arguments..., context.scratch, num_threads);
+    return run_team(task, num_threads);
+  }
+  static_assert(sizeof(SomeTask) <= sizeof(Shared::storage));
+  Shared& shared = *context.shared;
+  if (context.thread == 0 && !shared.has_failed) {
+    try {
+      if (num_threads == 1) {
+        SomeTask task(arguments..., context.scratch, 1);
+        run_team(task, 1);
+      } else {
+        shared.task = new (shared.storage) SomeTask(arguments..., context.scratch, num_threads);
+      }
+    } catch (const std::bad_alloc&) {
+      shared.has_failed = true;  // an exception may not leave a thread; the model throws it later
+    }
+  }
+  context.team->wait();
+  if (num_threads == 1 || shared.has_failed) return;
+  shared.task->run(*context.team, context.thread);
+  context.team->wait();
 }
 
 static inline int64_t count_chunks(int64_t num_columns) {
@@ -67,7 +97,8 @@ class Inputs {
       : data_(memory),
         stride_(count_stride(weight)),
         length_(weight.num_columns),
-        group_(weight.bits == 0 ? 0 : weight.group) {}
+        group_(weight.bits == 0 ? 0 : weight.group),
+        zero_point_(weight.zeros != nullptr ? 1 : weight.bits == 4 ? 8 : 128) {}
 
   // Fill row `row` from `x` (M,); `wide` is memory for M numbers.
   void set(int64_t row, const void* x, Type type, int64_t at, float* wide) {
@@ -84,7 +115,7 @@ class Inputs {
   }
 
   // Fill row `row`, of 8 bits, from fp32.
-  void pack(int64_t row, const float* x) { pack_row(x, length_, group_, data_ + row * stride_); }
+  void pack(int64_t row, const float* x) { pack_row(x, length_, group_, zero_point_, data_ + row * stride_); }
 
   const float* plain(int64_t row) const { return reinterpret_cast<const float*>(data_ + row * stride_); }
   PackedRow packed(int64_t row) const { return locate_row(data_ + row * stride_, length_, group_); }
@@ -97,18 +128,18 @@ class Inputs {
 
   char* data_;
   int64_t stride_, length_, group_;
+  int32_t zero_point_;
 };
 
 // out[i][c - begin] = inputs[which[i]] . column c, for `count` rows; which = null: rows first ...
 static inline void multiply(const Inputs& inputs, const int64_t* which, int64_t first, int64_t count,
                             const Weight& weight, int64_t expert, int64_t begin, int64_t end,
                             float* out, int64_t out_stride, float* panel) {
-  constexpr int64_t kMany = 64;  // pointers to rows that fit on the stack
-  for (int64_t done = 0; done < count; done += kMany) {
-    const int64_t some = count - done < kMany ? count - done : kMany;
+  for (int64_t done = 0; done < count; done += kMaxRows) {
+    const int64_t some = count - done < kMaxRows ? count - done : kMaxRows;
     float* const to = out + done * out_stride;
-    const float* plain_rows[kMany];
-    PackedRow packed_rows[kMany];
+    const float* plain_rows[kMaxRows];
+    PackedRow packed_rows[kMaxRows];
     for (int64_t i = 0; i < some; ++i) {
       const int64_t row = which == nullptr ? first + done + i : which[done + i];
       if (weight.bits == 0) plain_rows[i] = inputs.plain(row);
@@ -171,13 +202,11 @@ class LinearTask final : public Task {
   char *memory_ = nullptr, *thread_memory_ = nullptr;
 };
 
-static void linear(const LinearArguments& arguments, Scratch& scratch, int num_threads) {
+static void linear(const LinearArguments& arguments, Context& context) {
   int64_t num_columns = 0;
   for (int i = 0; i < arguments.num_outputs; ++i) num_columns += arguments.weights[i].num_rows;
   const int64_t work = arguments.num_tokens * num_columns * arguments.weights[0].num_columns;
-  num_threads = choose_threads(work, num_threads);
-  LinearTask task(arguments, scratch, num_threads);
-  run_team(task, num_threads);
+  launch<LinearTask>(context, work, arguments);
 }
 
 }  // namespace TRAMONTANE_ISA

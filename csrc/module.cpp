@@ -42,30 +42,34 @@ void run_linear(uintptr_t x, int type, int64_t num_tokens, nb::tuple weights, nb
   }
   arguments.num_outputs = static_cast<int>(weights.size());
   nb::gil_scoped_release release;
-  kernels->linear(arguments, scratch, num_threads);
+  Context context{scratch, num_threads};
+  kernels->linear(arguments, context);
 }
 
 void run_experts(uintptr_t x, int type, int64_t num_tokens, int64_t num_experts, int64_t num_slots,
                  uintptr_t slot_weights, uintptr_t experts, const Weight& w1, const Weight& w2,
                  const Weight& w3, uintptr_t out, int num_threads) {
+  Context context{scratch, num_threads};
   kernels->experts({{at<const void>(x), to_type(type)}, num_tokens, num_experts, num_slots,
                     at<const float>(slot_weights), at<const int64_t>(experts), w1, w2, w3,
                     at<void>(out), nullptr},
-                   scratch, num_threads);
+                   context);
 }
 
 void run_norm(uintptr_t x, int type, uintptr_t weight, int weight_type, int64_t num_tokens,
               int64_t dim, float eps, uintptr_t out, int num_threads) {
+  Context context{scratch, num_threads};
   kernels->norm({{at<const void>(x), to_type(type)}, {at<const void>(weight), to_type(weight_type)},
                  num_tokens, dim, eps, at<void>(out)},
-                scratch, num_threads);
+                context);
 }
 
 void run_rotate(uintptr_t x, int type, int64_t num_tokens, int64_t num_heads, int64_t head_dim,
                 int64_t stride, uintptr_t cos, uintptr_t sin, uintptr_t out, int num_threads) {
+  Context context{scratch, num_threads};
   kernels->rotate({{at<const void>(x), to_type(type)}, num_tokens, num_heads, head_dim, stride,
                    at<const float>(cos), at<const float>(sin), at<void>(out)},
-                  scratch, num_threads);
+                  context);
 }
 
 // Keys and values whose heads lie `head_slots` tokens apart: a cache of one block.
@@ -75,18 +79,20 @@ void run_attention(uintptr_t q, int type, uintptr_t k, uintptr_t v, int cache_ty
                    int num_threads) {
   const Cache cache{at<void>(k), at<void>(v), to_type(cache_type), head_slots};
   const Sequence sequence{num_queries, num_keys, cache, kFirstBlock};
+  Context context{scratch, num_threads};
   kernels->attention({{at<const void>(q), to_type(type)}, &sequence, 1, num_heads, num_kv_heads,
                       head_dim, window, at<void>(out)},
-                     scratch, num_threads);
+                     context);
 }
 
 void run_router(uintptr_t x, int type, uintptr_t weight, int weight_type, int64_t num_tokens,
                 int64_t dim, int64_t num_experts, int64_t num_slots, uintptr_t slot_weights,
                 uintptr_t experts, uintptr_t logits, int num_threads) {
+  Context context{scratch, num_threads};
   kernels->router({{at<const void>(x), to_type(type)}, {at<const void>(weight), to_type(weight_type)},
                    num_tokens, dim, num_experts, num_slots, at<float>(slot_weights),
                    at<int64_t>(experts), at<float>(logits)},
-                  scratch, num_threads);
+                  context);
 }
 
 void build_decoder(Decoder* self, nb::tuple sizes, float eps, int type, uintptr_t embeddings,
@@ -114,7 +120,7 @@ void add_layer(Decoder& decoder, int type, uintptr_t attention_norm, uintptr_t f
 
 // A cache is (num_queries, num_keys, keys, values_offset, layer_offset, type, block_size, blocks);
 // no blocks: the first is all.
-void run_decoder(const Decoder& decoder, uintptr_t tokens, nb::list caches, uintptr_t cos,
+void run_decoder(Decoder& decoder, uintptr_t tokens, nb::list caches, uintptr_t cos,
                  uintptr_t sin, uintptr_t hidden, uintptr_t slot_weights, uintptr_t experts,
                  uintptr_t logits, int num_threads) {
   std::vector<SequenceCache> described;
@@ -127,10 +133,19 @@ void run_decoder(const Decoder& decoder, uintptr_t tokens, nb::list caches, uint
                          blocks == 0 ? kFirstBlock : at<const int64_t>(blocks)});
   }
   nb::gil_scoped_release release;
-  decoder.run(*kernels, scratch, at<const int64_t>(tokens), described, at<const float>(cos),
+  decoder.run(*kernels, at<const int64_t>(tokens), described, at<const float>(cos),
               at<const float>(sin),
               {at<void>(hidden), at<float>(slot_weights), at<int64_t>(experts), at<float>(logits)},
               num_threads);
+}
+
+nb::dict list_seconds(const Decoder& decoder) {
+  const char* const names[] = {"embeddings", "norms", "attention's products", "attention",
+                               "router", "experts"};
+  static_assert(sizeof names / sizeof names[0] == kNumParts);
+  nb::dict seconds;
+  for (int i = 0; i < kNumParts; ++i) seconds[names[i]] = decoder.seconds()[i];
+  return seconds;
 }
 
 bool choose_kernels(const std::string& name) {
@@ -147,7 +162,8 @@ NB_MODULE(_native, module) {
   nb::class_<Decoder>(module, "Decoder")
       .def("__init__", build_decoder)
       .def("add_layer", add_layer)
-      .def("run", run_decoder);
+      .def("run", run_decoder)
+      .def("list_seconds", list_seconds);
   const auto without_gil = nb::call_guard<nb::gil_scoped_release>();
   module.def("linear", run_linear);
   module.def("experts", run_experts, without_gil);

@@ -13,11 +13,13 @@ namespace TRAMONTANE_ISA {
 constexpr int64_t kBlock = 16;                      // columns of a block
 constexpr int kVectorsPerBlock = kBlock / kLanes;  // a vector holds one number per column
 
-// An input of 8 bits: value = scale * q.
+// An input of 8 bits: value = scale * q. Where a sum of products with q starts: at minus the zero point
+// of the weights times the sum of q, so that the zero point need not be taken from each weight; at
+// minus the sum of q if the zero points are many.
 struct PackedRow {
-  const int8_t* q;        // (M,)
-  const float* scales;    // (M / group,)
-  const int32_t* sums;    // (M / group,) of q
+  const int8_t* q;         // (M,)
+  const float* scales;     // (M / group,)
+  const int32_t* starts;   // (M / group,)
 };
 
 static inline int64_t count_row_bytes(int64_t length, int64_t group) {
@@ -32,7 +34,8 @@ static inline PackedRow locate_row(const char* memory, int64_t length, int64_t g
 
 // Round one row of fp32 to 8 bits; the largest of a group becomes 127. A number that is not finite
 // makes the scale of its group NaN, and so all outputs of the row.
-static inline void pack_row(const float* x, int64_t length, int64_t group, char* memory) {
+static inline void pack_row(const float* x, int64_t length, int64_t group, int32_t zero_point,
+                            char* memory) {
   const PackedRow row = locate_row(memory, length, group);
   auto* q = const_cast<int8_t*>(row.q);
   for (int64_t g = 0; g < length / group; ++g) {
@@ -57,7 +60,7 @@ static inline void pack_row(const float* x, int64_t length, int64_t group, char*
       }
     }
     const_cast<float*>(row.scales)[g] = scale;
-    const_cast<int32_t*>(row.sums)[g] = sum;
+    const_cast<int32_t*>(row.starts)[g] = -zero_point * sum;
   }
 }
 
@@ -71,10 +74,10 @@ template <int kBits>
 struct Sums {
   __m512i total;
 
-  void start(int32_t value) { total = _mm512_set1_epi32(value); }
-  void start(const uint8_t* zeros, int32_t minus_sum) {
+  void start(const int32_t* value) { total = _mm512_set1_epi32(*value); }
+  void start(const int32_t* minus_sum, const uint8_t* zeros) {
     const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)zeros));
-    total = _mm512_mullo_epi32(wide, _mm512_set1_epi32(minus_sum));
+    total = _mm512_mullo_epi32(wide, _mm512_set1_epi32(*minus_sum));
   }
   Vec finish() const { return _mm512_cvtepi32_ps(total); }
 };
@@ -119,8 +122,10 @@ template <>
 struct Sums<4> {
   __m256i total;
 
-  void start(int32_t value) { total = _mm256_set1_epi32(value); }
-  void start(const uint8_t* zeros, int32_t minus_sum) { total = minus_zeros(zeros, minus_sum); }
+  void start(const int32_t* value) { total = _mm256_set1_epi32(*value); }
+  void start(const int32_t* minus_sum, const uint8_t* zeros) {
+    total = minus_zeros(zeros, *minus_sum);
+  }
   Vec finish() const { return _mm256_cvtepi32_ps(total); }
 };
 // Products of 8 bits with 8 would overflow the 16 bits of the one instruction that adds pairs of
@@ -130,8 +135,10 @@ struct Sums<8> {
   __m256i base, low, high;
 
   void start_at(__m256i value) { base = value, low = high = _mm256_setzero_si256(); }
-  void start(int32_t value) { start_at(_mm256_set1_epi32(value)); }
-  void start(const uint8_t* zeros, int32_t minus_sum) { start_at(minus_zeros(zeros, minus_sum)); }
+  void start(const int32_t* value) { start_at(_mm256_set1_epi32(*value)); }
+  void start(const int32_t* minus_sum, const uint8_t* zeros) {
+    start_at(minus_zeros(zeros, *minus_sum));
+  }
   Vec finish() const {
     const __m256i joined = _mm256_permute4x64_epi64(_mm256_hadd_epi32(low, high), 0xd8);
     return _mm256_cvtepi32_ps(_mm256_add_epi32(base, joined));
@@ -169,11 +176,11 @@ template <int kBits>
 struct Sums {
   int32_t total[kLanes];
 
-  void start(int32_t value) {
-    for (int32_t& sum : total) sum = value;
+  void start(const int32_t* value) {
+    for (int32_t& sum : total) sum = *value;
   }
-  void start(const uint8_t* zeros, int32_t minus_sum) {
-    for (int i = 0; i < kLanes; ++i) total[i] = zeros[i] * minus_sum;
+  void start(const int32_t* minus_sum, const uint8_t* zeros) {
+    for (int i = 0; i < kLanes; ++i) total[i] = zeros[i] * *minus_sum;
   }
   Vec finish() const {
     return each_lane([&](int i) { return static_cast<float>(total[i]); });
@@ -232,51 +239,58 @@ static inline PackedMatrix locate_matrix(const Weight& weight, int64_t expert) {
 // R rows by C vectors of columns, from vector `first` on.
 template <int R, int C, int kBits>
 static void packed_tile(const PackedRow* rows, const PackedMatrix& m, int64_t first, Vec* out) {
+  constexpr int64_t kStep = kBits == 4 ? 8 : 4;  // inputs that 4 bytes of a column meet
   const uint8_t* weights[C];
-  int64_t scales_at[C];
+  const uint16_t* scales[C];
+  const uint8_t* zeros[C];
+  const int8_t* q[R];
   for (int c = 0; c < C; ++c) {
     const int64_t block = (first + c) / kVectorsPerBlock, part = (first + c) % kVectorsPerBlock;
+    const int64_t scale = block * m.num_groups * kBlock + part * kLanes;
     weights[c] = m.weights + block * m.block_bytes + part * kLanes * 4;
-    scales_at[c] = block * m.num_groups * kBlock + part * kLanes;
+    scales[c] = m.scales + scale;
+    zeros[c] = m.zeros == nullptr ? nullptr : m.zeros + scale;
   }
   Vec totals[R][C];
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r) {
+    q[r] = rows[r].q;
     for (int c = 0; c < C; ++c) totals[r][c] = zero();
-  constexpr int64_t kStep = kBits == 4 ? 8 : 4;  // inputs that 4 bytes of a column meet
+  }
+  const int64_t num_steps = m.group / kStep;
   for (int64_t g = 0; g < m.num_groups; ++g) {
     Sums<kBits> sums[R][C];
     for (int r = 0; r < R; ++r) {
-      const int32_t minus_sum = -rows[r].sums[g];
       for (int c = 0; c < C; ++c) {
-        if (m.zeros == nullptr) {
-          sums[r][c].start(minus_sum * (kBits == 4 ? 8 : 128));
-        } else {
-          sums[r][c].start(m.zeros + scales_at[c] + g * kBlock, minus_sum);
-        }
+        if (m.zeros == nullptr) sums[r][c].start(rows[r].starts + g);
+        else sums[r][c].start(rows[r].starts + g, zeros[c] + g * kBlock);
       }
     }
-    for (int64_t i = g * m.group; i < (g + 1) * m.group; i += kStep) {
+#pragma GCC unroll 4
+    for (int64_t step = 0; step < num_steps; ++step) {
       Bytes bytes[C];
-      for (int c = 0; c < C; ++c) bytes[c] = load_bytes(weights[c] + i / kStep * kBlock * 4);
+      for (int c = 0; c < C; ++c) bytes[c] = load_bytes(weights[c] + step * kBlock * 4);
       if (kBits == 8) {
         for (int r = 0; r < R; ++r) {
-          const Input x = load_input(rows[r].q + i);
+          const Input x = load_input(q[r] + step * kStep);
           for (int c = 0; c < C; ++c) add_products(sums[r][c], bytes[c], x);
         }
       } else {
         Bytes low[C], high[C];
         for (int c = 0; c < C; ++c) low[c] = low_nibbles(bytes[c]), high[c] = high_nibbles(bytes[c]);
         for (int r = 0; r < R; ++r) {
-          const Input x = load_input(rows[r].q + i), y = load_input(rows[r].q + i + 4);
-          for (int c = 0; c < C; ++c) {
-            add_products(sums[r][c], low[c], x);
-            add_products(sums[r][c], high[c], y);
-          }
+          const Input x = load_input(q[r] + step * kStep);
+          for (int c = 0; c < C; ++c) add_products(sums[r][c], low[c], x);
+        }
+        for (int r = 0; r < R; ++r) {
+          const Input x = load_input(q[r] + step * kStep + 4);
+          for (int c = 0; c < C; ++c) add_products(sums[r][c], high[c], x);
         }
       }
     }
+    for (int c = 0; c < C; ++c) weights[c] += num_steps * kBlock * 4;
+    for (int r = 0; r < R; ++r) q[r] += m.group;
     for (int c = 0; c < C; ++c) {
-      const Vec scale = load_half(m.scales + scales_at[c] + g * kBlock);
+      const Vec scale = load_half(scales[c] + g * kBlock);
       for (int r = 0; r < R; ++r)
         totals[r][c] =
             fma(mul(scale, splat(rows[r].scales[g])), sums[r][c].finish(), totals[r][c]);
@@ -317,7 +331,7 @@ template <int kBits>
 static void packed_all(const PackedRow* rows, int64_t num_rows, const PackedMatrix& m, int64_t begin,
                        int64_t end, float* out, int64_t out_stride) {
 #if defined(__AVX512F__)
-  constexpr int kRows = 4, kColumns = 2, kColumnsOfOne = 4;
+  constexpr int kRows = 6, kColumns = 2, kColumnsOfOne = 4;  // 12 sums and 12 totals of 32 registers
 #else
   constexpr int kRows = 2, kColumns = 2, kColumnsOfOne = 2;
 #endif
@@ -325,6 +339,10 @@ static void packed_all(const PackedRow* rows, int64_t num_rows, const PackedMatr
   for (; r + kRows <= num_rows; r += kRows)
     packed_columns<kRows, kColumns, kBits>(rows + r, m, begin, end, out + r * out_stride,
                                            out_stride);
+#if defined(__AVX512F__)
+  for (; r + 4 <= num_rows; r += 4)
+    packed_columns<4, kColumns, kBits>(rows + r, m, begin, end, out + r * out_stride, out_stride);
+#endif
   const int64_t rest = num_rows - r;
   float* const to = out + r * out_stride;
   if (rest == 1) packed_columns<1, kColumnsOfOne, kBits>(rows + r, m, begin, end, to, out_stride);

@@ -19,19 +19,18 @@ constexpr int kTileRows = 2, kTileColumns = 4;
 #endif
 constexpr int64_t kPanelColumns = 24;     // weights converted to fp32 at once, in the L2 cache
 constexpr int64_t kPanelMinRows = 8;      // with fewer inputs each weight is converted as it comes
-constexpr int64_t kPanelMaxBytes = 1 << 20;
+constexpr int64_t kMaxRows = 128;         // inputs multiplied at once
+constexpr int64_t kPart = 1024;           // numbers of a row whose products are summed at once
 
 static inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-// out[r][c] = rows[r] . w[c]; rows are padded with zeros to whole vectors, w is not.
+// Adds to sums[r][c] what the numbers begin .. end of rows[r] and w[c] contribute. Rows are padded with
+// zeros to whole vectors, w is not.
 template <int R, int C, class Number>
-static void dot_tile(const float* const* rows, const Number* w, int64_t stride, int64_t length,
-                     float* out, int64_t out_stride) {
-  Vec sums[R][C];
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) sums[r][c] = zero();
-  int64_t i = 0;
-  for (; i + kLanes <= length; i += kLanes) {
+static inline void add_dot(const float* const* rows, const Number* w, int64_t stride, int64_t begin,
+                           int64_t end, Vec (&sums)[R][C]) {
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) {
     Vec x[R];
     for (int r = 0; r < R; ++r) x[r] = load(rows[r] + i);
     for (int c = 0; c < C; ++c) {
@@ -39,12 +38,16 @@ static void dot_tile(const float* const* rows, const Number* w, int64_t stride, 
       for (int r = 0; r < R; ++r) sums[r][c] = fma(x[r], weight, sums[r][c]);
     }
   }
-  if (i < length) {
+  if (i < end) {
     for (int c = 0; c < C; ++c) {
-      const Vec weight = load_some(w + c * stride + i, length - i);
+      const Vec weight = load_some(w + c * stride + i, end - i);
       for (int r = 0; r < R; ++r) sums[r][c] = fma(load(rows[r] + i), weight, sums[r][c]);
     }
   }
+}
+
+template <int R, int C>
+static inline void finish_dot(const Vec (&sums)[R][C], float* out, int64_t out_stride) {
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; c += 4) {
       float four[4];
@@ -54,6 +57,17 @@ static void dot_tile(const float* const* rows, const Number* w, int64_t stride, 
       for (int j = 0; j < 4 && c + j < C; ++j) out[r * out_stride + c + j] = four[j];
     }
   }
+}
+
+// out[r][c] = rows[r] . w[c]
+template <int R, int C, class Number>
+static void dot_tile(const float* const* rows, const Number* w, int64_t stride, int64_t length,
+                     float* out, int64_t out_stride) {
+  Vec sums[R][C];
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) sums[r][c] = zero();
+  add_dot<R, C>(rows, w, stride, 0, length, sums);
+  finish_dot<R, C>(sums, out, out_stride);
 }
 
 template <int R, class Number>
@@ -83,39 +97,88 @@ static void dot_all(const float* const* rows, int64_t num_rows, const Number* w,
 #endif
 }
 
-// Bytes of a panel for rows of `length` weights; 0 if weights are to be converted as they come.
+// Memory for `multiply_plain` with rows of `length` weights.
 static inline int64_t count_panel_bytes(int64_t length) {
-  const int64_t bytes = kPanelColumns * round_up(length, kLanes) * 4;
-  return bytes <= kPanelMaxBytes ? bytes : 0;
+  const int64_t kept = kMaxRows * kPanelColumns * kLanes * 4;
+  return kPanelColumns * round_up(length, kLanes) * 4 + (length > kPart ? kept : 0);
 }
 
-// As `dot_all`, for weights of either type; `panel` is memory of `count_panel_bytes`.
+// As `dot_all` for whole tiles of rows and kPanelColumns columns, in parts of the rows that stay in the
+// L1 cache together with their weights; sums wait in `kept` between one part and the next.
+template <class Number>
+static void dot_panel(const float* const* rows, int64_t num_rows, const Number* w, int64_t stride,
+                      int64_t length, float* out, int64_t out_stride, float* kept) {
+  constexpr int64_t kTilesPerPanel = kPanelColumns / kTileColumns;
+  constexpr int64_t kTileSize = kTileRows * kTileColumns * kLanes;
+  for (int64_t begin = 0; begin < length; begin += kPart) {
+    const int64_t end = begin + kPart < length ? begin + kPart : length;
+    for (int64_t c = 0; c < kPanelColumns; c += kTileColumns) {
+      for (int64_t r = 0; r < num_rows; r += kTileRows) {
+        float* const tile = kept + (r / kTileRows * kTilesPerPanel + c / kTileColumns) * kTileSize;
+        Vec sums[kTileRows][kTileColumns];
+        for (int i = 0; i < kTileRows; ++i)
+          for (int j = 0; j < kTileColumns; ++j)
+            sums[i][j] = begin == 0 ? zero() : load(tile + (i * kTileColumns + j) * kLanes);
+        add_dot<kTileRows, kTileColumns>(rows + r, w + c * stride, stride, begin, end, sums);
+        if (end == length) {
+          finish_dot<kTileRows, kTileColumns>(sums, out + r * out_stride + c, out_stride);
+        } else {
+          for (int i = 0; i < kTileRows; ++i)
+            for (int j = 0; j < kTileColumns; ++j)
+              store(tile + (i * kTileColumns + j) * kLanes, sums[i][j]);
+        }
+      }
+    }
+  }
+}
+
+// The same for any number of rows and columns.
+template <class Number>
+static void dot_blocked(const float* const* rows, int64_t num_rows, const Number* w, int64_t stride,
+                        int64_t length, int64_t num_columns, float* out, int64_t out_stride,
+                        float* kept) {
+  const int64_t whole = num_columns == kPanelColumns ? num_rows / kTileRows * kTileRows : 0;
+  if (whole > 0) dot_panel(rows, whole, w, stride, length, out, out_stride, kept);
+  dot_all(rows + whole, num_rows - whole, w, stride, length, num_columns, out + whole * out_stride,
+          out_stride);
+}
+
+static inline void widen_panel(const uint16_t* w, int64_t num_rows, int64_t length, float* panel) {
+  const int64_t stride = round_up(length, kLanes);
+  for (int64_t j = 0; j < num_rows; ++j) {
+    const uint16_t* from = w + j * length;
+    float* to = panel + j * stride;
+    int64_t i = 0;
+    for (; i + kLanes <= length; i += kLanes) store(to + i, load(from + i));
+    if (i < length) store(to + i, load_some(from + i, length - i));
+  }
+}
+
+// As `dot_all` for up to kMaxRows rows and weights of either type; `memory` has `count_panel_bytes`.
 static inline void multiply_plain(const float* const* rows, int64_t num_rows, const Weight& weight,
                                   int64_t expert, int64_t begin, int64_t end, float* out,
-                                  int64_t out_stride, float* panel) {
-  const int64_t length = weight.num_columns;
-  const int64_t first = (expert * weight.num_rows + begin) * length;
-  if (weight.type == Type::kFloat) {
-    const float* w = static_cast<const float*>(weight.data) + first;
-    dot_all(rows, num_rows, w, length, length, end - begin, out, out_stride);
+                                  int64_t out_stride, float* memory) {
+  const int64_t length = weight.num_columns, stride = round_up(length, kLanes);
+  const int64_t first = (expert * weight.num_rows + begin) * length, num_columns = end - begin;
+  const auto* floats = static_cast<const float*>(weight.data) + first;
+  const auto* halves = static_cast<const uint16_t*>(weight.data) + first;
+  const bool is_float = weight.type == Type::kFloat;
+  if (num_rows < kPanelMinRows) {
+    if (is_float) dot_all(rows, num_rows, floats, length, length, num_columns, out, out_stride);
+    else dot_all(rows, num_rows, halves, length, length, num_columns, out, out_stride);
     return;
   }
-  const uint16_t* w = static_cast<const uint16_t*>(weight.data) + first;
-  if (num_rows < kPanelMinRows || count_panel_bytes(length) == 0) {
-    dot_all(rows, num_rows, w, length, length, end - begin, out, out_stride);
-    return;
-  }
-  const int64_t stride = round_up(length, kLanes);
-  for (int64_t c = 0; c < end - begin; c += kPanelColumns) {
-    const int64_t count = end - begin - c < kPanelColumns ? end - begin - c : kPanelColumns;
-    for (int64_t j = 0; j < count; ++j) {
-      const uint16_t* from = w + (c + j) * length;
-      float* to = panel + j * stride;
-      int64_t i = 0;
-      for (; i + kLanes <= length; i += kLanes) store(to + i, load(from + i));
-      if (i < length) store(to + i, load_some(from + i, length - i));
+  float* const panel = memory;
+  float* const kept = panel + kPanelColumns * stride;
+  for (int64_t c = 0; c < num_columns; c += kPanelColumns) {
+    const int64_t count = num_columns - c < kPanelColumns ? num_columns - c : kPanelColumns;
+    if (is_float) {
+      dot_blocked(rows, num_rows, floats + c * length, length, length, count, out + c, out_stride,
+                  kept);
+    } else {
+      widen_panel(halves + c * length, count, length, panel);
+      dot_blocked(rows, num_rows, panel, stride, stride, count, out + c, out_stride, kept);
     }
-    dot_all(rows, num_rows, panel, stride, stride, count, out + c, out_stride);
   }
 }
 

@@ -55,11 +55,9 @@ class RouterTask final : public Task {
   char* memory_ = nullptr;
 };
 
-static void router(const RouterArguments& arguments, Scratch& scratch, int num_threads) {
+static void router(const RouterArguments& arguments, Context& context) {
   const int64_t work = arguments.num_tokens * arguments.num_experts * arguments.dim;
-  num_threads = choose_threads(work, num_threads);
-  RouterTask task(arguments, scratch, num_threads);
-  run_team(task, num_threads);
+  launch<RouterTask>(context, work, arguments);
 }
 
 }  // namespace TRAMONTANE_ISA

@@ -48,6 +48,24 @@ class Task {
   ~Task() = default;
 };
 
+// Where a kernel runs: outside of a team, on threads of its own; or as one member of a team that all
+// call the same kernels one after another with the same arguments, as a whole model does.
+class Scratch;
+struct Context {
+  Scratch& scratch;
+  int num_threads;
+  Team* team = nullptr;
+  int thread = 0;
+  struct Shared* shared = nullptr;
+};
+
+// What the members of a team have in common: the task at hand, and whether memory ran out.
+struct Shared {
+  alignas(64) unsigned char storage[512];
+  Task* task = nullptr;
+  std::atomic<bool> has_failed{false};
+};
+
 // Run `task` on up to `num_threads` threads, this one included, and return when all are done.
 void run_team(Task& task, int num_threads);
 

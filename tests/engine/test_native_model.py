@@ -1,4 +1,4 @@
-"""The model in one native call gives the bits of the model's own forward pass, whatever the batch."""
+"""The model in one native call gives the bits of its own forward pass, whatever the batch."""
 
 from collections.abc import Callable
 

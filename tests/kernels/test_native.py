@@ -48,7 +48,9 @@ def draw_weight(
     q[..., 0], q[..., -1] = 0, 2**bits - 1
     groups = (*shape[:-1], shape[-1] // group_size)
     scales = torch.rand(groups, generator=generator).half() * 0.1
-    zeros = None if symmetric else torch.randint(0, 2**bits, groups, dtype=torch.uint8)
+    zeros = None
+    if not symmetric:
+        zeros = torch.randint(0, 2**bits, groups, generator=generator, dtype=torch.uint8)
     return pack(q, scales, zeros, bits=bits)
 
 

@@ -27,6 +27,7 @@ class Decoder:
         self, tokens: int, caches: Sequence[tuple[int, ...]], cos: int, sin: int, hidden: int,
         slot_weights: int, experts: int, logits: int, num_threads: int, /,
     ) -> None: ...  # fmt: skip
+    def list_seconds(self) -> dict[str, float]: ...
 
 def linear(
     x: int, type: int, num_tokens: int, weights: tuple[Weight, ...], outs: tuple[int, ...],

@@ -117,3 +117,7 @@ class NativeDecoder:
             logits, torch.get_num_threads(),
         )  # fmt: skip
         return results
+
+    def list_seconds(self) -> dict[str, float]:
+        """Seconds that all runs have spent in each part of the model."""
+        return self._decoder.list_seconds()
