@@ -15,6 +15,7 @@ from tests.tokenizer.texts import TEXTS
 from tramontane.errors import TokenizerError
 from tramontane.tokenizer.gguf_vocabulary import describe_for_gguf, tokenizer_from_gguf
 from tramontane.tokenizer.json_tokenizer import JsonTokenizer
+from tramontane.tokenizer.model_proto import PieceType
 from tramontane.tokenizer.tokenizer import Tokenizer
 
 JSON = "tokenizer.huggingface.json"
@@ -67,6 +68,43 @@ def test_gpt2_keeps_its_own_expression_and_names() -> None:
     assert read.encode("th") == [257]
     assert read.decode(read.encode("<|endoftext|>")) == "<|endoftext|>"
     assert 256 not in read.encode("<|endoftext|>")
+
+
+@pytest.mark.parametrize("form", ["ours", "gpt2", "pieces"])
+def test_f9_tokens_that_fill_up_are_no_part_of_the_vocabulary(
+    tokenizer: Tokenizer, form: str
+) -> None:
+    original = tokenizer
+    if form == "pieces":
+        original = tokenizer_from_gguf(vocabularies.make_gguf_metadata(), origin="x")
+    count = original.vocab_size
+    metadata = describe_for_gguf(original, num_rows=count + 3)
+    if form == "gpt2":
+        del metadata[JSON]
+    lists = [metadata[GGML + key] for key in ("tokens", "token_type")]
+    assert [values[count:] for values in lists] == [
+        [f"[PAD{count}]", f"[PAD{count + 1}]", f"[PAD{count + 2}]"],
+        [PieceType.UNUSED] * 3,
+    ]
+    if form == "pieces":
+        assert len(metadata[GGML + "scores"]) == count + 3
+    for types in (lists[1], np.array(lists[1])):
+        read = tokenizer_from_gguf(metadata | {GGML + "token_type": types}, origin="x")
+        assert read.vocab_size == count
+        assert read.encode_batch(TEXTS) == original.encode_batch(TEXTS)
+        assert read.control_ids == original.control_ids
+    assert describe_for_gguf(read, num_rows=count + 3)[GGML + "tokens"] == lists[0]
+    assert describe_for_gguf(original, num_rows=7) == describe_for_gguf(original)
+
+
+def test_f9_only_what_fills_up_is_left_out() -> None:
+    """An unused token of another name, or one before others, has its id in the vocabulary."""
+    metadata = vocabularies.make_gguf_metadata()
+    metadata[GGML + "tokens"][31998:] = ["[PAD31998]", "[PAD7]"]
+    metadata[GGML + "token_type"][31998:] = [5, 5]
+    assert tokenizer_from_gguf(metadata, origin="x").vocab_size == 32000
+    metadata[GGML + "tokens"][31999] = "[PAD31999]"
+    assert tokenizer_from_gguf(metadata, origin="x").vocab_size == 31998
 
 
 def test_arrays_and_bytes_are_read_as_lists_and_texts() -> None:

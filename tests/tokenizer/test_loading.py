@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from tests.tokenizer import vocabularies
 from tramontane.errors import TokenizerError
@@ -24,6 +25,66 @@ def test_tokenizer_json_goes_before_tokenizer_model(folder: Path, tmp_path: Path
     shutil.copy(folder / "tokenizer.json", tmp_path)
     assert isinstance(load_tokenizer(tmp_path), JsonTokenizer)
     assert load_tokenizer(tmp_path / "tokenizer.model").vocab_size == 32000
+
+
+def test_f8_a_copy_of_the_model_gives_way_to_it(tmp_path: Path) -> None:
+    """As published with Mixtral: both files are there and hold the same."""
+    (tmp_path / "tokenizer.json").write_text(vocabularies.make_hub_json())
+    assert isinstance(load_tokenizer(tmp_path), JsonTokenizer)
+    shutil.copy(vocabularies.V1_FILE, tmp_path / "tokenizer.model")
+    loaded = load_tokenizer(tmp_path)
+    assert isinstance(loaded, SentencePieceTokenizer)
+    assert loaded.encode(TEXT) == vocabularies.oracle().encode(TEXT)
+
+
+def test_f8_another_tokenizer_json_goes_before_the_model(tmp_path: Path) -> None:
+    """Fine-tunes add tokens or change rules in it, and leave the old model beside."""
+    content = json.loads(vocabularies.make_hub_json())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = {"id": 32000, "content": "<|im_end|>", "special": True, **flags}
+    longer = content | {"added_tokens": [*content["added_tokens"], added]}
+    ended = {"eos_token": "<|im_end|>"}
+    cases = [
+        (json.dumps(longer), {}, 2),
+        (json.dumps(longer), ended, 32000),
+        (vocabularies.make_hub_json(), {"eos_token": "<unk>"}, 0),
+        (vocabularies.make_modern_json(), {}, 2),  # spaces otherwise after a control token
+    ]
+    for number, (text, config, eos_id) in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        shutil.copy(vocabularies.V1_FILE, folder / "tokenizer.model")
+        (folder / "tokenizer.json").write_text(text)
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        loaded = load_tokenizer(folder)
+        assert isinstance(loaded, JsonTokenizer)
+        assert loaded.eos_id == eos_id
+
+
+@pytest.mark.parametrize("names", [["tokenizer.model"], ["x.model.v1", "x.model.v3"]])
+def test_f8_what_is_no_model_beside_a_tokenizer_json_is_left_alone(
+    folder: Path, tmp_path: Path, names: list[str]
+) -> None:
+    """Another kind of file (tiktoken's has this name too), or several."""
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    for name in names:
+        (tmp_path / name).write_text("IQ== 0\nIg== 1\n")
+    assert load_tokenizer(tmp_path).vocab_size == 330
+
+
+def test_whether_texts_start_with_bos_is_read_and_written(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    tokenizers = [tokenizer, load_tokenizer(vocabularies.V1_FILE)]
+    for number, original in enumerate(tokenizers):
+        for adds_bos in (True, False):
+            original.adds_bos, path = adds_bos, tmp_path / f"{number}-{adds_bos}"
+            original.save(path)
+            assert load_tokenizer(path).adds_bos == adds_bos
+            theirs = AutoTokenizer.from_pretrained(path)
+            if number:
+                assert (theirs("a").input_ids[0] == theirs.bos_token_id) == adds_bos
+        original.adds_bos = True
 
 
 def test_numbered_models_are_found_and_not_guessed_between(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Mistral's formats give mistral-common's ids, whichever file the vocabulary came from."""
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from transformers import AutoTokenizer
 
 from tests.tokenizer import vocabularies
+from tests.tokenizer.texts import TEXTS
 from tramontane.errors import RequestError, TokenizerError
 from tramontane.tokenizer.gguf_vocabulary import tokenizer_from_gguf
 from tramontane.tokenizer.json_tokenizer import JsonTokenizer
@@ -19,11 +22,7 @@ from tramontane.tokenizer.loading import load_tokenizer
 from tramontane.tokenizer.mistral_format import MistralFormat
 from tramontane.tokenizer.tokenizer import Tokenizer
 
-FILES = {
-    1: vocabularies.V1_FILE,
-    2: vocabularies.DATA / "mistral_instruct_tokenizer_240216.model.v2",
-    3: vocabularies.V3_FILE,
-}
+FILES = vocabularies.FILES
 ORACLES = {version: MistralTokenizer.from_file(str(file)) for version, file in FILES.items()}
 TOKENIZERS = {version: load_tokenizer(file) for version, file in FILES.items()}
 KINDS: dict[str, Any] = {"system": SystemMessage, "user": UserMessage}
@@ -115,6 +114,21 @@ def test_the_published_ids(form: str) -> None:
     ids = MistralFormat().encode(SAMPLE, tokenizer)
     assert ids[: len(GOLDEN)] == GOLDEN
     assert ids == ask_oracle(1, SAMPLE, continue_final=False)
+
+
+def test_f8_transformers_reads_our_folder_with_the_published_ids(tmp_path: Path) -> None:
+    """AutoTokenizer, without protobuf: mistral-common's ids of texts, and those of a chat."""
+    TOKENIZERS[1].save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    oracle: Any = ORACLES[1].instruct_tokenizer.tokenizer
+    for text in [*TEXTS, *(message["content"] for message in SAMPLE), " x", "x  y ", "\n"]:
+        ids = theirs(text).input_ids
+        assert ids == oracle.encode(text, bos=True, eos=False)
+        assert ids == TOKENIZERS[1].encode(text, bos=True)
+        assert theirs.decode(ids[1:]) == text
+    question = f"[INST] {SAMPLE[0]['content']} [/INST]"
+    assert theirs(question).input_ids == GOLDEN[:20]
+    assert MistralFormat(1).encode(SAMPLE, load_tokenizer(tmp_path))[: len(GOLDEN)] == GOLDEN
 
 
 def test_a_complete_conversation_ends_with_eos() -> None:

@@ -1,25 +1,39 @@
 """Mistral's vocabulary gives SentencePiece's own ids, whichever file it comes from."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
+from transformers.tokenization_utils_base import generate_merges
 
 from tests.tokenizer import vocabularies
 from tests.tokenizer.texts import TEXTS
 from tramontane.tokenizer.gguf_vocabulary import describe_for_gguf, tokenizer_from_gguf
 from tramontane.tokenizer.json_tokenizer import JsonTokenizer
 from tramontane.tokenizer.loading import load_tokenizer
-from tramontane.tokenizer.model_proto import PieceType
+from tramontane.tokenizer.model_proto import PieceType, write_model
 from tramontane.tokenizer.sentence_piece import SentencePieceTokenizer
+from tramontane.tokenizer.sentence_piece_json import derive_merges
 from tramontane.tokenizer.stream import IncrementalDecoder
 from tramontane.tokenizer.tokenizer import Tokenizer
+
+
+def copy_as_json(file: Path) -> JsonTokenizer:
+    """The tokenizer.json that we write for a SentencePiece model."""
+    with TemporaryDirectory() as folder:
+        load_tokenizer(file).save(folder)
+        return JsonTokenizer.from_file(Path(folder, "tokenizer.json"))
+
 
 FORMS: dict[str, Callable[[], Tokenizer]] = {
     "tokenizer.model": lambda: load_tokenizer(vocabularies.V1_FILE),
     "tokenizer.json": lambda: JsonTokenizer.from_json(vocabularies.make_hub_json(), origin="x"),
+    "copy": lambda: copy_as_json(vocabularies.V1_FILE),
     "metaspace": lambda: JsonTokenizer.from_json(vocabularies.make_modern_json(), origin="x"),
     "gguf": lambda: tokenizer_from_gguf(vocabularies.make_gguf_metadata(), origin="x"),
 }
@@ -103,6 +117,65 @@ def test_every_form_survives_gguf(mistral: Tokenizer) -> None:
         assert described["tokenizer.ggml." + key] == stored["tokenizer.ggml." + key]
     if not isinstance(mistral, JsonTokenizer):  # which has ranks for scores
         assert described["tokenizer.ggml.scores"] == stored["tokenizer.ggml.scores"]
+
+
+@pytest.mark.parametrize("version", vocabularies.FILES)
+def test_f8_merges_are_those_of_transformers(version: int) -> None:
+    """The list that transformers derives where it has protobuf, in a second or less."""
+    pieces = SentencePieceTokenizer.from_file(vocabularies.FILES[version]).list_pieces()
+    vocab = {piece.text: i for i, piece in enumerate(pieces)}
+    scores = {piece.text: piece.score for piece in pieces}
+    start = time.perf_counter()
+    assert derive_merges(pieces) == generate_merges(vocab, scores)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("version", vocabularies.FILES)
+def test_f8_a_folder_keeps_the_model_and_a_copy_for_transformers(
+    tmp_path: Path, version: int
+) -> None:
+    original = SentencePieceTokenizer.from_file(vocabularies.FILES[version])
+    original.save(tmp_path)
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {f"tokenizer.model.v{version}", "tokenizer.json", "tokenizer_config.json"}
+    loaded = load_tokenizer(tmp_path)
+    assert isinstance(loaded, SentencePieceTokenizer)
+    assert loaded.to_json() == original.to_json()
+    assert loaded.format_version == version
+    copy = JsonTokenizer.from_file(tmp_path / "tokenizer.json")
+    assert copy.control_ids == original.control_ids
+    for text in [*TEXTS, *PARTS, "".join(PARTS), " a", ""]:
+        assert copy.encode(text) == original.encode(text)
+
+
+def test_f8_what_a_copy_cannot_hold_has_none(tmp_path: Path) -> None:
+    """Without the 256 bytes, or where runs of spaces become one, it would give other ids."""
+    pieces = SentencePieceTokenizer.from_file(vocabularies.V1_FILE).list_pieces()
+    proto = write_model(pieces, bos_id=1, eos_id=2, adds_prefix_space=True)
+    merging = proto.replace(b"identity\x18\x01\x20\x00", b"identity\x18\x01\x20\x01")
+    assert merging != proto
+    SentencePieceTokenizer(merging).save(tmp_path / "spaces")
+    pieces = [piece for piece in pieces if piece.type != PieceType.BYTE]
+    proto = write_model(pieces, bos_id=1, eos_id=2, adds_prefix_space=True)
+    SentencePieceTokenizer(proto).save(tmp_path / "bytes")
+    for name in ("bytes", "spaces"):
+        assert not (tmp_path / name / "tokenizer.json").exists()
+        assert isinstance(load_tokenizer(tmp_path / name), SentencePieceTokenizer)
+
+
+def test_f1_other_ids_around_a_text_are_kept(tmp_path: Path) -> None:
+    """A GGUF names them; the tokenizer.model that it becomes has to."""
+    metadata = vocabularies.make_gguf_metadata()
+    metadata |= {"tokenizer.ggml.bos_token_id": 31998, "tokenizer.ggml.eos_token_id": 31999}
+    tokenizer = tokenizer_from_gguf(metadata, origin="x")
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for loaded in (load_tokenizer(tmp_path), load_tokenizer(tmp_path / "tokenizer.model")):
+        assert (loaded.bos_id, loaded.eos_id) == (31998, 31999)
+        assert loaded.control_ids == tokenizer.control_ids
+        assert not {31998, 31999} & set(loaded.encode("".join(loaded.control_ids)))
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (31998, 31999)
+    assert theirs("hi").input_ids == [31998, 12014]
 
 
 def test_later_vocabularies_keep_instructions_apart_from_their_names() -> None:

@@ -13,6 +13,7 @@ from transformers.tokenization_utils_base import generate_merges
 DATA = Path(mistral_common.__file__).parent / "data"
 V1_FILE = DATA / "tokenizer.model.v1"
 V3_FILE = DATA / "mistral_instruct_tokenizer_240323.model.v3"
+FILES = {1: V1_FILE, 2: DATA / "mistral_instruct_tokenizer_240216.model.v2", 3: V3_FILE}
 CONTROL = ("<unk>", "<s>", "</s>")
 
 

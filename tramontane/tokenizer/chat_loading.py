@@ -1,7 +1,6 @@
 """Which chat format a model folder or a GGUF file brings."""
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from tramontane.errors import TokenizerError
 from tramontane.tokenizer.chat import ChatFormat
 from tramontane.tokenizer.json_tokenizer import TOKENIZER_CONFIG_FILE, read_text
 from tramontane.tokenizer.loading import find_sentence_piece
-from tramontane.tokenizer.mistral_format import VERSIONS, MistralFormat
+from tramontane.tokenizer.mistral_format import GGUF_VERSION_KEY, VERSIONS, MistralFormat
+from tramontane.tokenizer.sentence_piece import read_format_version
 from tramontane.tokenizer.template_format import TemplateFormat
 from tramontane.tokenizer.tokenizer import Tokenizer
 
@@ -30,17 +30,34 @@ def load_chat_format(path: str | Path, tokenizer: Tokenizer) -> ChatFormat | Non
     source, origin = read_template(folder)
     if source is not None:
         return TemplateFormat(source, tokenizer, origin=str(origin))
-    version = _read_version(folder)
-    return MistralFormat(version) if version in VERSIONS else None
+    version = find_format_version(folder)
+    return None if version is None else MistralFormat(version)
+
+
+def find_format_version(folder: Path) -> int | None:
+    """The version of Mistral's format that a file's name says. Raises TokenizerError if several."""
+    file = find_sentence_piece(folder)
+    version = None if file is None else read_format_version(file.name)
+    return version if version in VERSIONS else None
+
+
+def format_version_from_gguf(metadata: Mapping[str, Any]) -> int | None:
+    """The version of Mistral's format that a GGUF says."""
+    version = metadata.get(GGUF_VERSION_KEY)
+    return version if version in VERSIONS else None
 
 
 def chat_format_from_gguf(
     metadata: Mapping[str, Any], tokenizer: Tokenizer, *, origin: str
 ) -> ChatFormat | None:
-    """The format of a GGUF file by its metadata, None for a base model. Raises TokenizerError."""
+    """The format of a GGUF file by its metadata, None for a base model. Raises TokenizerError.
+
+    A template goes before the version of Mistral's format.
+    """
     source = metadata.get(GGUF_TEMPLATE_KEY)
     if source is None:
-        return None
+        version = format_version_from_gguf(metadata)
+        return None if version is None else MistralFormat(version)
     try:
         text = bytes(source).decode("utf-8") if isinstance(source, bytes | bytearray) else source
     except UnicodeDecodeError as error:
@@ -85,9 +102,3 @@ def _require_text(template: object, origin: str) -> str:
             f"the chat template of {origin} is a {type(template).__name__}, not a text"
         )
     return template
-
-
-def _read_version(folder: Path) -> int | None:
-    file = find_sentence_piece(folder)
-    found = re.search(r"\.model\.v([0-9]+)$", file.name) if file else None
-    return int(found[1]) if found else None

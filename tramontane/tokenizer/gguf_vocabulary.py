@@ -9,13 +9,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tramontane.errors import TokenizerError
+from tramontane.tokenizer.chat_loading import format_version_from_gguf
+from tramontane.tokenizer.gguf_padding import add_padding, count_tokens
 from tramontane.tokenizer.json_tokenizer import GPT2_PATTERN, JsonTokenizer
 from tramontane.tokenizer.model_proto import Piece, PieceType, write_model
 from tramontane.tokenizer.sentence_piece import SentencePieceTokenizer
 from tramontane.tokenizer.tokenizer import Tokenizer
 from tramontane.tokenizer.trainer import TRAINED_PATTERN
 
-_PREFIX = "tokenizer.ggml."
+GGML_PREFIX = "tokenizer.ggml."
+EOT_KEY = GGML_PREFIX + "eot_token_id"  # a second id that ends an answer
 _JSON_KEY = "tokenizer.huggingface.json"  # GGUF's own name for a whole tokenizer.json
 
 # How llama.cpp cuts a text, by the value of tokenizer.ggml.pre: one expression after the other.
@@ -46,10 +49,13 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, origin: str) -> Tokenize
     """The tokenizer that a GGUF file's metadata describes. Raises TokenizerError, naming `origin`.
 
     Values may be lists or arrays, texts str or UTF-8 bytes. Where the file holds a whole
-    tokenizer.json ("tokenizer.huggingface.json", as ours do), that one counts: it is exact.
+    tokenizer.json ("tokenizer.huggingface.json", as ours do), that one counts: it is exact. Tokens
+    that only fill up the rows of the embeddings are no part of it.
     """
     model = _read_text(metadata, "model", origin)
     tokens = [_to_text(token, origin) for token in _read_list(metadata, "tokens", origin)]
+    if (count := count_tokens(tokens, metadata.get(GGML_PREFIX + "token_type"))) < len(tokens):
+        metadata, tokens = _cut_padding(metadata, count, origin), tokens[:count]
     if model == "llama":
         tokenizer: Tokenizer = _read_sentence_piece(metadata, tokens, origin)
     elif model == "gpt2":
@@ -58,12 +64,14 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, origin: str) -> Tokenize
         raise TokenizerError(
             f"{origin} has tokenizer.ggml.model {model!r}; supported are 'llama' and 'gpt2'"
         )
-    tokenizer.adds_bos = bool(metadata.get(_PREFIX + "add_bos_token", True))
+    tokenizer.adds_bos = bool(metadata.get(GGML_PREFIX + "add_bos_token", True))
     return tokenizer
 
 
-def describe_for_gguf(tokenizer: Tokenizer) -> dict[str, Any]:
+def describe_for_gguf(tokenizer: Tokenizer, *, num_rows: int = 0) -> dict[str, Any]:
     """The keys tokenizer.ggml.* for `tokenizer`: scores are float32, types and ids int32 in GGUF.
+
+    Where the embeddings have more rows (`num_rows`), unused tokens fill up (gguf_padding.py).
 
     A byte-level BPE also gets its whole tokenizer.json, so that it comes back exactly. llama.cpp
     reads `pre` instead and knows no expression equal to that of `trainer._PIECES`. "qwen2" is the
@@ -76,14 +84,21 @@ def describe_for_gguf(tokenizer: Tokenizer) -> dict[str, Any]:
         described = _describe_byte_level(tokenizer)
     else:
         described = _describe_sentence_piece(tokenizer)
+    add_padding(described, num_rows)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     if tokenizer.unk_id is not None:
         ids["unknown_token_id"] = tokenizer.unk_id
     flags = {"add_bos_token": tokenizer.adds_bos, "add_eos_token": False}
     return {
-        key if key == _JSON_KEY else _PREFIX + key: value
+        key if key == _JSON_KEY else GGML_PREFIX + key: value
         for key, value in (described | ids | flags).items()
     }
+
+
+def _cut_padding(metadata: Mapping[str, Any], count: int, origin: str) -> Mapping[str, Any]:
+    keys = [key for key in ("token_type", "scores") if GGML_PREFIX + key in metadata]
+    cut = {GGML_PREFIX + key: _read_list(metadata, key, origin)[:count] for key in keys}
+    return {**metadata, **cut}
 
 
 def _read_sentence_piece(
@@ -98,13 +113,17 @@ def _read_sentence_piece(
         ]
     except (TypeError, ValueError) as error:
         raise TokenizerError(f"{origin}: tokens, scores and types disagree ({error})") from error
-    adds_space = bool(metadata.get(_PREFIX + "add_space_prefix", True))
+    adds_space = bool(metadata.get(GGML_PREFIX + "add_space_prefix", True))
+    bos_id = _read_id(metadata, "bos_token_id", origin, default=1)
+    eos_id = _read_id(metadata, "eos_token_id", origin, default=2)
     return SentencePieceTokenizer(
-        write_model(pieces, adds_prefix_space=adds_space), origin=origin,
+        write_model(pieces, bos_id=bos_id, eos_id=eos_id, adds_prefix_space=adds_space),
+        origin=origin,
         unk_id=_read_id(metadata, "unknown_token_id", origin, default=0),
-        bos_id=_read_id(metadata, "bos_token_id", origin, default=1),
-        eos_id=_read_id(metadata, "eos_token_id", origin, default=2),
-    )  # fmt: skip
+        bos_id=bos_id,
+        eos_id=eos_id,
+        format_version=format_version_from_gguf(metadata),
+    )
 
 
 def _read_byte_level(
@@ -132,7 +151,7 @@ def _read_names(metadata: Mapping[str, Any], tokens: Sequence[str], origin: str)
             "eos_token": "eos_token_id"}  # fmt: skip
     names = {}
     for role, key in keys.items():
-        if _PREFIX + key in metadata:
+        if GGML_PREFIX + key in metadata:
             token_id = _read_id(metadata, key, origin, default=0)
             if not 0 <= token_id < len(tokens):
                 raise TokenizerError(f"{origin}: {key} is {token_id} of {len(tokens)} tokens")
@@ -144,7 +163,7 @@ def _build_tokenizer_json(
     metadata: Mapping[str, Any], tokens: Sequence[str], names: Mapping[str, str], origin: str
 ) -> dict[str, Any]:
     merges = [_to_text(merge, origin) for merge in _read_list(metadata, "merges", origin)]
-    types = metadata.get(_PREFIX + "token_type")
+    types = metadata.get(GGML_PREFIX + "token_type")
     kinds = [PieceType.NORMAL] * len(tokens) if types is None else [int(kind) for kind in types]
     control = set(names.values())
     added = [
@@ -152,7 +171,7 @@ def _build_tokenizer_json(
         for i, (text, kind) in enumerate(zip(tokens, kinds, strict=False))
         if kind in (PieceType.CONTROL, PieceType.USER_DEFINED, PieceType.UNKNOWN) or text in control
     ]
-    pre = _to_text(metadata.get(_PREFIX + "pre", "default"), origin)
+    pre = _to_text(metadata.get(GGML_PREFIX + "pre", "default"), origin)
     if pre not in _PRE_TOKENIZERS:
         raise TokenizerError(
             f"{origin} has tokenizer.ggml.pre {pre!r}; supported are {', '.join(_PRE_TOKENIZERS)}"
@@ -243,28 +262,28 @@ def _derive_pieces(tokenizer: JsonTokenizer) -> list[Piece]:
 
 
 def _read_list(metadata: Mapping[str, Any], key: str, origin: str) -> Sequence[Any]:
-    value = metadata.get(_PREFIX + key)
+    value = metadata.get(GGML_PREFIX + key)
     if value is None or isinstance(value, str | bytes | int | float):
         raise TokenizerError(
-            f"{origin} has no list {_PREFIX}{key}: convert the model again, with its vocabulary"
+            f"{origin} has no list {GGML_PREFIX}{key}: convert the model again, with its vocabulary"
         )
     return list(value)
 
 
 def _read_text(metadata: Mapping[str, Any], key: str, origin: str) -> str:
-    if _PREFIX + key not in metadata:
+    if GGML_PREFIX + key not in metadata:
         raise TokenizerError(
-            f"{origin} has no {_PREFIX}{key}: convert the model again, with its vocabulary"
+            f"{origin} has no {GGML_PREFIX}{key}: convert the model again, with its vocabulary"
         )
-    return _to_text(metadata[_PREFIX + key], origin)
+    return _to_text(metadata[GGML_PREFIX + key], origin)
 
 
 def _read_id(metadata: Mapping[str, Any], key: str, origin: str, *, default: int) -> int:
-    value = metadata.get(_PREFIX + key, default)
+    value = metadata.get(GGML_PREFIX + key, default)
     try:
         return int(value)
     except (TypeError, ValueError) as error:
-        raise TokenizerError(f"{origin}: {_PREFIX}{key} is {value!r}, not an id") from error
+        raise TokenizerError(f"{origin}: {GGML_PREFIX}{key} is {value!r}, not an id") from error
 
 
 def _to_text(value: object, origin: str) -> str:

@@ -21,6 +21,7 @@ from tramontane.tokenizer.tokenizer import (
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+ADD_BOS_KEY = "add_bos_token"  # in that file: whether texts start with bos_token
 # What the library's ByteLevel cuts a text with, if nothing else is named.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _ROLES = {"unk_token": UNK_TOKEN, "bos_token": BOS_TOKEN, "eos_token": EOS_TOKEN}
@@ -87,9 +88,10 @@ class JsonTokenizer(Tokenizer):
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         names = {role: name for role, name in self._names.items() if name in self.control_ids}
+        config = _TRANSFORMERS_CONFIG | ({} if self.adds_bos else {ADD_BOS_KEY: False})
         files = {
             TOKENIZER_FILE: self.to_json(),
-            TOKENIZER_CONFIG_FILE: json.dumps(names | _TRANSFORMERS_CONFIG, indent=2),
+            TOKENIZER_CONFIG_FILE: json.dumps(names | config, indent=2),
             "special_tokens_map.json": json.dumps(names, indent=2),
         }
         for name, content in files.items():
@@ -161,6 +163,15 @@ def read_control_names(path: Path) -> dict[str, str]:
         if isinstance(name, str) and name:
             names[role] = name
     return names
+
+
+def read_adds_bos(path: Path) -> bool:
+    """Whether `tokenizer_config.json` lets texts start with bos; they do unless it says no.
+
+    Raises TokenizerError if it is no JSON object.
+    """
+    content = _load_json(read_text(path), str(path)) if path.is_file() else {}
+    return content.get(ADD_BOS_KEY) is not False
 
 
 def _load_json(text: str, origin: str) -> dict[str, Any]:

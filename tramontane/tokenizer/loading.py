@@ -3,8 +3,14 @@
 from pathlib import Path
 
 from tramontane.errors import TokenizerError
-from tramontane.tokenizer.json_tokenizer import TOKENIZER_FILE, JsonTokenizer
+from tramontane.tokenizer.json_tokenizer import (
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    JsonTokenizer,
+    read_adds_bos,
+)
 from tramontane.tokenizer.sentence_piece import SENTENCE_PIECE_FILE, SentencePieceTokenizer
+from tramontane.tokenizer.sentence_piece_json import are_interchangeable
 from tramontane.tokenizer.tokenizer import Tokenizer
 
 _TEKKEN_FILE = "tekken.json"
@@ -14,10 +20,20 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a model folder, or of one of its tokenizer files.
 
     A folder's `tokenizer.json` goes before its `tokenizer.model` (or `tokenizer.model.v3`, as
-    Mistral numbers its later vocabularies). Raises TokenizerError naming file and remedy.
+    Mistral numbers its later vocabularies), unless both hold the same: then SentencePiece's own
+    code gives the ids. Raises TokenizerError naming file and remedy.
     """
     path = Path(path)
-    file = _find_file(path) if path.is_dir() else path
+    if not path.is_dir():
+        return _load_file(path)
+    tokenizer = _load_file(_find_file(path))
+    if isinstance(tokenizer, JsonTokenizer):
+        tokenizer = _find_original(tokenizer, path) or tokenizer
+    tokenizer.adds_bos = read_adds_bos(path / TOKENIZER_CONFIG_FILE)
+    return tokenizer
+
+
+def _load_file(file: Path) -> Tokenizer:
     if file.name == _TEKKEN_FILE:
         raise TokenizerError(
             f"{file} is a Tekken vocabulary, which no Mixtral has and this does not read: "
@@ -38,6 +54,20 @@ def find_sentence_piece(folder: Path) -> Path | None:
         names = ", ".join(file.name for file in numbered)
         raise TokenizerError(f"{folder} holds {names}: name the one to use")
     return numbered[0]
+
+
+def _find_original(copy: JsonTokenizer, folder: Path) -> SentencePieceTokenizer | None:
+    """The folder's SentencePiece model, if its `tokenizer.json` is a copy of that.
+
+    Any other file of such a name is not what the folder's makers mean: an older vocabulary, to
+    which they have added tokens, or one of another kind.
+    """
+    try:
+        file = find_sentence_piece(folder)
+        original = None if file is None else SentencePieceTokenizer.from_file(file)
+    except TokenizerError:
+        return None
+    return original if original and are_interchangeable(copy, original) else None
 
 
 def _find_file(folder: Path) -> Path:

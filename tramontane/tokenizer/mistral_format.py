@@ -18,6 +18,7 @@ from tramontane.tokenizer.chat import Message, check_messages
 from tramontane.tokenizer.tokenizer import BOS_TOKEN, EOS_TOKEN, Tokenizer
 
 VERSIONS = (1, 2, 3)
+GGUF_VERSION_KEY = "tramontane.mistral_format"  # which of them, in a file's metadata
 _BEGIN, _END = "[INST]", "[/INST]"
 _MAY_FOLLOW = {
     "system": {None, "system", "user"},

@@ -33,14 +33,25 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _BPE = 2
 
 
-def write_model(pieces: Sequence[Piece], *, adds_prefix_space: bool) -> bytes:
-    """A BPE model that changes no text but for the space it may put in front."""
-    names = {kind: [p.text for p in pieces if p.type == kind] for kind in PieceType}
+def write_model(
+    pieces: Sequence[Piece], *, bos_id: int, eos_id: int, adds_prefix_space: bool
+) -> bytes:
+    """A BPE model that changes no text but for the space it may put in front.
+
+    bos and eos are control tokens in it, whatever their type was. Ids that do not exist are left
+    out: SentencePiece says then that it has none.
+    """
+    pieces = [
+        piece._replace(type=PieceType.CONTROL)
+        if i in (bos_id, eos_id) and piece.type != PieceType.UNKNOWN
+        else piece
+        for i, piece in enumerate(pieces)
+    ]
     trainer = [
         _field(3, _BPE),
         _field(4, len(pieces)),
-        _field(35, int(bool(names[PieceType.BYTE]))),  # byte_fallback
-        *(_field(number, name) for number, name in _name_roles(names)),
+        _field(35, int(any(p.type == PieceType.BYTE for p in pieces))),  # byte_fallback
+        *(_field(number, name) for number, name in _name_roles(pieces, bos_id, eos_id)),
     ]
     normalizer = [
         _field(1, "identity"),
@@ -63,10 +74,13 @@ def read_pieces(proto: bytes) -> list[Piece]:
         raise TokenizerError(f"the SentencePiece model is damaged ({error})") from error
 
 
-def _name_roles(names: dict[PieceType, list[str]]) -> Iterator[tuple[int, str]]:
-    """Names that SentencePiece must not look for where the vocabulary has none of the kind."""
-    yield from ((45, name) for name in names[PieceType.UNKNOWN][:1])
-    yield from zip((46, 47), names[PieceType.CONTROL], strict=False)  # bos, eos
+def _name_roles(pieces: Sequence[Piece], bos_id: int, eos_id: int) -> Iterator[tuple[int, str]]:
+    """The fields unk_piece, bos_piece and eos_piece."""
+    unknown = [p.text for p in pieces if p.type == PieceType.UNKNOWN]
+    yield from ((45, name) for name in unknown[:1])
+    for number, token_id in ((46, bos_id), (47, eos_id)):
+        if 0 <= token_id < len(pieces):
+            yield number, pieces[token_id].text
 
 
 def _read_piece(row: bytes) -> Piece:
