@@ -12,7 +12,7 @@ from tramontane.checkpoint.assembly import Assembly
 from tramontane.checkpoint.gguf import describe_for_gguf
 from tramontane.checkpoint.gguf_writer import write_gguf
 from tramontane.checkpoint.mistral import write_params
-from tramontane.checkpoint.names import GGUF_EACH, TORRENT, NameTable
+from tramontane.checkpoint.names import GGUF, GGUF_EACH, TORRENT, NameTable
 from tramontane.checkpoint.parameters import ParametersInMemory
 from tramontane.checkpoint.writer import save_model, write_mistral
 from tramontane.models.transformer import Transformer
@@ -69,17 +69,32 @@ def save_gguf(model: Transformer, folder: Path, *, encoding: str = "F32") -> Pat
 def save_gguf_each(model: Transformer, folder: Path) -> Path:
     """As llama.cpp wrote before April 2024: one tensor for each expert."""
     folder.mkdir()
-    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    _write(gguf.GGUFWriter(folder / "model.gguf", "llama"), model, GGUF_EACH)
+    return folder / "model.gguf"
+
+
+def save_gguf_split(
+    model: Transformer, folder: Path, *, stem: str = "m", has_empty_first: bool = False
+) -> Path:
+    """As llama.cpp's gguf-split has it: STEM-00001-of-0000N.gguf, perhaps of metadata alone."""
+    folder.mkdir(exist_ok=True)
+    writer = gguf.GGUFWriter(
+        folder / f"{stem}.gguf", "llama", split_max_tensors=9, small_first_shard=has_empty_first
+    )
+    _write(writer, model, GGUF)
+    return min(folder.glob(f"{stem}-*.gguf"))
+
+
+def _write(writer: gguf.GGUFWriter, model: Transformer, table: NameTable) -> None:
     for key, value in describe_for_gguf(model.config).items():
         add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
         add(key, value)
-    for name, tensor in list_tensors(model, GGUF_EACH).items():
+    for name, tensor in list_tensors(model, table).items():
         writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return folder / "model.gguf"
 
 
 LAYOUTS: dict[str, Callable[[Transformer, Path], Path]] = {
@@ -89,5 +104,6 @@ LAYOUTS: dict[str, Callable[[Transformer, Path], Path]] = {
     "Mistral": save_mistral,
     "torrent": save_torrent,
     "GGUF": save_gguf,
+    "GGUF, split": save_gguf_split,
     "GGUF, one tensor per expert": save_gguf_each,
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.checkpoint.layouts import save_gguf, save_hf_sharded, save_mistral
@@ -23,6 +24,9 @@ _VALUES: list[Any] = [
     "mixtral", "../x", "\ud800", [], [1], {}, {"a": 1}, [[]] * 3,
     "model-00001-of-00002.safetensors",
 ]  # fmt: skip
+_ARRAYS = [np.array([1, 2]), np.array([8, 8], dtype="<u4"), np.array([]), np.array([True]), ["a"]]
+_OTHER_KEYS = ["llama.rope.scaling.type", "llama.rope.scaling.factor", "llama.attention.scale",
+               "llama.logit_scale", "llama.new", "tokenizer.ggml.tokens"]  # fmt: skip
 
 
 def mutate(content: str, random: Random) -> bytes:
@@ -78,7 +82,7 @@ def fuzz(folder: Path, file: str, *, count: int) -> tuple[int, set[str]]:
 def test_c06_side_files(tmp_path: Path, save: Any, file: str) -> None:
     accepted, kinds = fuzz(save(make_model(), tmp_path / "m"), file, count=250)
     assert accepted > 0
-    assert len(kinds) > 8
+    assert len(kinds) > (10 if file.endswith("index.json") else 20), kinds
 
 
 @pytest.mark.slow
@@ -93,22 +97,23 @@ def test_c06_metadata_of_a_gguf() -> None:
     for number in range(3000):
         metadata = dict(good)
         for _ in range(random.choice((1, 2))):
-            metadata[random.choice([*good, "llama.rope.scaling.type"])] = random.choice(_VALUES)
+            metadata[random.choice([*good, *_OTHER_KEYS])] = random.choice([*_VALUES, *_ARRAYS])
         try:
             parse_gguf_config(metadata, has_output=True)
         except ConfigError as error:
-            refused.add(str(error)[:20])
+            refused.add("".join(c for c in str(error) if c.isalpha())[:30])
         except Exception as error:
             error.add_note(f"mutation {number}: {metadata}")
             raise
-    assert len(refused) > 8
+    assert len(refused) > 20, refused
 
 
 def test_c32_a_billion_experts_are_refused_before_they_are_listed(tmp_path: Path) -> None:
     """C32: stacked experts have no names of their own; the router tells how many there are."""
     folder = save_mistral(make_model(), tmp_path / "m")
     params = json.loads((folder / "params.json").read_text())
-    for field, value in (("n_layers", 10**9), ("moe", {"num_experts": 10**9})):
+    moe = {"num_experts": 10**9, "num_experts_per_tok": 2}
+    for field, value in (("n_layers", 10**9), ("moe", moe)):
         (folder / "params.json").write_text(json.dumps(params | {field: value}))
         with pytest.raises(CheckpointError, match=r"is 1000000000, the tensors have [28]"):
             load_model(folder)

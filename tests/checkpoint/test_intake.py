@@ -3,9 +3,12 @@
 import json
 import os
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from tests.tiny import make_config, make_model
@@ -138,8 +141,51 @@ def test_c30_no_permission(folder: Path) -> None:
 def test_c30_unreadable_file_is_named(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").mkdir()
-    with pytest.raises(CheckpointError, match=r"cannot be read: .*model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is a folder; a regular file"):
         load_model(folder)
+
+
+@pytest.fixture
+def alarm() -> Iterator[None]:
+    """What waits for ever fails after ten seconds."""
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+
+
+@pytest.mark.usefixtures("alarm")
+@pytest.mark.parametrize("name", ["pipe", "model-2.safetensors", "tokenizer.json", "config.json"])
+def test_c30_a_pipe_is_refused_by_name(folder: Path, name: str) -> None:
+    """Named itself, or anywhere in a folder: to open it would be to wait for ever."""
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    for path in (folder, folder / name):
+        with pytest.raises(CheckpointError, match=rf"{name} is a pipe, a socket or a device"):
+            load_model(path)
+
+
+@pytest.mark.usefixtures("alarm")
+def test_c30_a_device_is_refused_by_name() -> None:
+    with pytest.raises(CheckpointError, match=r"/dev/zero is a pipe, a socket or a device"):
+        open_checkpoint("/dev/zero")
+
+
+def test_c30_a_name_that_no_file_can_have() -> None:
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*too long"):
+        open_checkpoint("x" * 300)
+
+
+def test_s38_a_striped_hyena_is_called_by_its_name(tmp_path: Path) -> None:
+    names = [
+        "embedding_layer.weight",
+        "blocks.0.filter.poles",
+        "blocks.1.inner_mha_cls.Wqkv.weight",
+    ]
+    for prefix in ("", "backbone."):
+        tensors = {f"{prefix}{name}": torch.ones(2) for name in names}
+        safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=r"the tensors of a StripedHyena, which .* not"):
+            open_checkpoint(tmp_path)
 
 
 def test_a_killed_save_is_pointed_out(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Peak memory of loading: the model and at most 256 MiB, in every layout and for packed files."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,33 @@ def test_peak_is_the_model_and_little_more(
     found = run_program(load_memory.__file__, str(path), dtype)
     assert found["model"] > 200 * 1024
     assert found["beyond"] < LIMIT, found
+
+
+@pytest.fixture(scope="module")
+def wide_model() -> Transformer:
+    """A vocabulary of 100,000: embeddings and head have 154 MB each in fp32, all else is small."""
+    config = ModelConfig(
+        dim=384, n_layers=1, head_dim=64, hidden_dim=64, n_heads=6, n_kv_heads=2,
+        vocab_size=100_000, moe=MoeConfig(num_experts=2),
+    )  # fmt: skip
+    return build_model(config)
+
+
+WIDE = {
+    "Hugging Face": LAYOUTS["Hugging Face"], "torrent": LAYOUTS["torrent"],
+    "GGUF, Q8_0": partial(save_gguf, encoding="Q8_0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("save", WIDE.values(), ids=WIDE.keys())
+def test_converting_a_large_vocabulary_takes_a_chunk_at_a_time(
+    tmp_path: Path, wide_model: Transformer, save: Any
+) -> None:
+    """To map a tensor whole while it is converted would take all of it beside the model."""
+    path = save(wide_model, tmp_path / "m")
+    found = run_program(load_memory.__file__, str(path), "bfloat16")
+    assert found["model"] > 140 * 1024
+    assert found["beyond"] < 100 * 1024, found
 
 
 @pytest.mark.slow

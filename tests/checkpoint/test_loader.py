@@ -12,9 +12,11 @@ import pytest
 import safetensors.torch
 import torch
 
+from tests.checkpoint.layouts import list_tensors, save_torrent
 from tests.tiny import make_config, make_model
+from tramontane.checkpoint.files.torch_file import read_torch_table
 from tramontane.checkpoint.loader import load_config, load_model
-from tramontane.checkpoint.names import HF
+from tramontane.checkpoint.names import HF, TORRENT
 from tramontane.checkpoint.writer import save_model
 from tramontane.errors import CheckpointError, ConfigError
 
@@ -239,11 +241,92 @@ def test_a_value_beyond_the_dtype_asked_for_is_found(folder: Path) -> None:
         load_model(folder, dtype=torch.float16)
 
 
-def test_several_dtypes_need_a_choice(folder: Path) -> None:
-    _edit_tensors(folder, lambda tensors: tensors.update({_GATE: tensors[_GATE].half()}))
-    with pytest.raises(
-        CheckpointError, match=rf"{_GATE} is torch.float16.*ask for one with dtype="
-    ):
-        load_model(folder)
-    model = load_model(folder, dtype=torch.bfloat16)
+def test_of_several_dtypes_that_of_most_values_is_taken_and_said(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A router in fp32 beside bf16, as some train it, runs without a word from the user."""
+
+    def edit(tensors: _Tensors) -> None:
+        for name in tensors:
+            if "gate" not in name:
+                tensors[name] = tensors[name].bfloat16()
+
+    _edit_tensors(folder, edit)
+    model = load_model(folder)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    (said,) = caplog.messages
+    assert "gate.weight is torch.float32" in said
+    assert "all become torch.bfloat16, which most values have" in said
+    assert load_model(folder, dtype=torch.float32).output.weight.dtype == torch.float32
+    assert len(caplog.messages) == 1, "with a dtype of the user's own there is nothing to say"
+
+
+@pytest.mark.parametrize("window", [4096, 16])
+@pytest.mark.parametrize("is_dense", [False, True])
+def test_c32_a_mixtral_with_a_window_is_doubted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, window: int, is_dense: bool
+) -> None:
+    """C32: early hub files had 4096 by mistake; a Mistral 7B has one by right."""
+    changes: dict[str, Any] = {"moe": None} if is_dense else {}
+    config = make_config(sliding_window=window, max_seq_len=32768, **changes)
+    save_model(make_model(config), tmp_path / "m")
+    assert load_model(tmp_path / "m").config.sliding_window == window
+    if is_dense:
+        assert caplog.messages == []
+        return
+    (said,) = caplog.messages
+    assert f"{tmp_path / 'm' / 'config.json'}: sliding_window is {window:,}" in said
+    assert "of a context of 32,768" in said
+    assert "make it null" in said
+
+
+def test_c32_a_window_as_long_as_the_context_is_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_model(make_model(make_config(sliding_window=256)), tmp_path / "m")
+    load_model(tmp_path / "m")
+    assert caplog.messages == []
+
+
+def test_c08_missing_layers_are_spelled_out(folder: Path) -> None:
+    """C08: whole layers that are not there, by the names of their tensors."""
+    config = make_config(n_layers=3)
+    (folder / "config.json").write_text(json.dumps(config.to_hf(dtype="float32")))
+    expected = [name for name in HF.map_tensors(config) if name.startswith("model.layers.2.")]
+    with pytest.raises(CheckpointError, match=r"incomplete download") as error:
+        load_model(folder)
+    assert f"{folder / 'config.json'}: num_hidden_layers is 3, the tensors have 2" in str(
+        error.value
+    )
+    assert f"{len(expected)} missing tensors: {', '.join(expected)};" in str(error.value)
+    _edit_config(folder, num_hidden_layers=10**9)
+    with pytest.raises(CheckpointError, match=r"more than 100,000 missing tensors, the first") as e:
+        load_model(folder)
+    assert len(str(e.value)) < 5000
+    _edit_config(folder, num_hidden_layers=1)
+    with pytest.raises(CheckpointError, match=r"31 unexpected tensors: model\.layers\.1\."):
+        load_model(folder)
+
+
+def test_c08_a_missing_file_of_numbered_ones_is_named(tmp_path: Path) -> None:
+    """C08: the torrent's files lie beside one another without an index."""
+    model = make_model(make_config(n_layers=4))
+    folder, path = save_torrent(model, tmp_path / "m"), tmp_path / "m" / "params.json"
+    absent = folder / "consolidated.03.pt"
+    names = sorted(read_torch_table(absent))
+    absent.unlink()
+    with pytest.raises(CheckpointError, match=r"incomplete download") as error:
+        load_model(folder)
+    assert all(name in str(error.value) for name in names)
+    assert f"{len(names)} missing tensors" in str(error.value)
+    assert "missing files, by the numbers of the others: consolidated.03.pt" in str(error.value)
+    for other in folder.glob("*.pt"):
+        other.unlink()
+    for layer in (1, 3):  # a whole one is lost, so that the number of layers is another
+        kept = {n: t for n, t in list_tensors(model, TORRENT).items() if f"layers.{layer}" not in n}
+        torch.save(kept, absent)
+        with pytest.raises(CheckpointError, match=r"n_layers is 4, the tensors have") as error:
+            load_model(folder)
+        assert str(path) in str(error.value)
+        assert f"layers.{layer}.attention.wq.weight" in str(error.value)
+        assert "consolidated.00.pt, consolidated.01.pt, consolidated.02.pt" in str(error.value)

@@ -16,7 +16,8 @@ import torch
 
 from tests.tiny import make_config, make_model
 from tramontane.checkpoint.loader import load_model
-from tramontane.checkpoint.writer import save_model
+from tramontane.checkpoint.parameters import ParametersInMemory
+from tramontane.checkpoint.writer import save_model, write_hf
 from tramontane.errors import CapacityError, CheckpointError
 from tramontane.models.transformer import Transformer
 
@@ -24,6 +25,8 @@ _ROOT = Path(__file__).parents[2]
 
 
 class _Tokenizer:
+    bos_id, eos_id = 3, 7
+
     def save(self, folder: Path) -> None:
         (folder / "tokenizer.json").write_text("{}")
 
@@ -37,7 +40,19 @@ def test_folder_has_weights_configurations_tokenizer_and_extra_files(tmp_path: P
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
     generation = json.loads((tmp_path / "m" / "generation_config.json").read_text())
-    assert generation == {"bos_token_id": 1, "eos_token_id": 2}
+    assert generation == {"bos_token_id": 3, "eos_token_id": 7}
+    assert (config["bos_token_id"], config["eos_token_id"]) == (3, 7)
+
+
+def test_ids_without_a_tokenizer_are_those_given_or_mistrals(tmp_path: Path) -> None:
+    model, ids = make_model(), {"bos_token_id": 0, "eos_token_id": [5, 6]}
+    save_model(model, tmp_path / "plain")
+    parameters = ParametersInMemory(model.state_dict())
+    write_hf(parameters, model.config, tmp_path / "given", dtype=torch.float32, token_ids=ids)
+    for name, expected in (("plain", {"bos_token_id": 1, "eos_token_id": 2}), ("given", ids)):
+        assert json.loads((tmp_path / name / "generation_config.json").read_text()) == expected
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config.items() >= expected.items()
 
 
 def test_file_is_plain_safetensors_with_one_tensor_per_expert(tmp_path: Path) -> None:

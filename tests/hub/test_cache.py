@@ -49,6 +49,20 @@ def test_a_path_wins_over_the_cache(cache: Path, tmp_path: Path) -> None:
     assert resolve_model("org/name") == Path("org/name")
 
 
+def test_a_path_where_nobody_may_look_is_no_id(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is fetched for it; the system's word is passed on."""
+
+    def refuse(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    for verb in ("show", "estimate", "verify"):
+        assert run_command([verb, "org/name"]) == 1
+        assert "org/name: Permission denied" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "name", ["./org/name", "/no/where", "name", "a/b/c", "x.gguf", "", "../a", "a--b/c", "o/" * 99]
 )

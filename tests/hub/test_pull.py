@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoint.layouts import save_gguf_split
 from tests.hub.hub_server import Hub, Repository, run_tramontane
-from tests.tiny import make_config
+from tests.tiny import make_config, make_model
+from tramontane.checkpoint.mistral import write_params
 from tramontane.errors import CapacityError, StorageError
 from tramontane.hub.hub_errors import explain_hub_error
 
@@ -27,7 +29,7 @@ def make_files(**changes: bytes) -> dict[str, bytes]:
         "model.safetensors.index.json": b'{"weight_map": {}}',
         SHARDS[0]: weights,
         SHARDS[1]: weights[::-1],
-        "params.json": b"{}",
+        "params.json": json.dumps(write_params(make_config())).encode(),
         "consolidated.safetensors": weights * 2,
         "pytorch_model.bin": b"pickle",
         "modeling_tiny.py": b"raise SystemExit",
@@ -167,6 +169,28 @@ def test_a_gguf_file_is_chosen_by_a_part_of_its_name(hub: Hub, tmp_path: Path) -
     assert f"run {MODEL}:q8_0\n" in result.stdout
 
 
+def test_all_parts_of_a_split_gguf_are_fetched_and_run(hub: Hub, tmp_path: Path) -> None:
+    """What is announced as runnable is: the name of the first part stands for all."""
+    save_gguf_split(make_model(), tmp_path / "parts", stem="tiny-Q8")
+    parts = sorted((tmp_path / "parts").iterdir())
+    files = {f"Q8/{part.name}": part.read_bytes() for part in parts}
+    hub.repositories[MODEL] = Repository({**files, "other.gguf": b"x"})
+    result = run_tramontane("pull", f"{MODEL}:Q8", home=tmp_path, url=hub.url)
+    assert result.returncode == 0, result.stderr
+    assert "3 gguf weight files" in result.stderr
+    assert sorted(hub.list_fetched()) == [part.name for part in parts]
+    assert f"run {MODEL}:Q8\n" in result.stdout
+    for verb in ("show", "estimate"):
+        result = run_tramontane(verb, f"{MODEL}:Q8", "--json", home=tmp_path)
+        assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["model"] == f"{MODEL}:Q8"
+
+    del hub.repositories[MODEL].files[f"Q8/{parts[1].name}"]
+    result = run_tramontane("pull", f"{MODEL}:Q8", home=tmp_path / "new", url=hub.url)
+    assert result.returncode == 1
+    assert f"{MODEL} is not whole: Q8/{parts[1].name} is missing" in result.stderr
+
+
 def test_the_disk_is_measured_before_the_first_byte(
     hub: Hub, repository: Repository, tmp_path: Path
 ) -> None:
@@ -183,6 +207,38 @@ def test_a_model_of_another_family_costs_no_weights(hub: Hub, tmp_path: Path) ->
     assert result.returncode == 1
     assert "model_type is 'llama'" in result.stderr
     assert not set(hub.list_fetched()) & set(SHARDS)
+
+
+def test_params_of_another_kind_cost_no_weights(hub: Hub, tmp_path: Path) -> None:
+    params = json.dumps(write_params(make_config()) | {"vision_encoder": {}}).encode()
+    hub.repositories[MODEL] = Repository(make_files(**{"params.json": params}))
+    result = run_tramontane("pull", MODEL, "--format", "mistral", home=tmp_path, url=hub.url)
+    assert result.returncode == 1
+    assert f"{MODEL} cannot be used, so its weights were not fetched: " in result.stderr
+    assert "params.json: vision_encoder is {}" in result.stderr
+    assert "consolidated.safetensors" not in hub.list_fetched()
+
+
+@pytest.mark.parametrize("file", ["config.json", "params.json"])
+def test_show_and_estimate_fetch_the_configuration_alone(
+    hub: Hub, repository: Repository, tmp_path: Path, file: str
+) -> None:
+    other = {"config.json": "params.json", "params.json": "config.json"}[file]
+    del repository.files[other]
+    result = run_tramontane("show", MODEL, "--json", home=tmp_path, url=hub.url)
+    assert result.returncode == 0, result.stderr
+    values = json.loads(result.stdout)
+    assert values["name"] == MODEL
+    assert values["layout"] == "a configuration, no weights"
+    assert values["parameters"] == make_config().count_parameters().total
+    assert hub.list_fetched() == [file]
+    hub.requests.clear()  # a second time it is there
+    result = run_tramontane("estimate", MODEL, "--json", home=tmp_path, url=hub.url)
+    assert result.returncode == 0, result.stderr
+    assert hub.requests == []
+    result = run_tramontane("estimate", f"{MODEL}:Q4_0", home=tmp_path, url=hub.url)
+    assert result.returncode == 1
+    assert f"fetch it first (tramontane pull {MODEL}:Q4_0), or name {MODEL}" in result.stderr
 
 
 REFUSED = {

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -230,3 +231,20 @@ def test_an_unreadable_file_does_not_stop_the_others(
     report = verify_model(folder)
     assert {f.path: f.status for f in report.files}["config.json"] == "unreadable"
     assert report.count("ok") == 3
+
+
+def test_a_pipe_in_the_folder_is_not_waited_for(folder: Path, tmp_path: Path) -> None:
+    """It has no end, and no checksum."""
+    os.mkfifo(folder / "pipe")
+    signal.alarm(10)
+    digests = write_manifest(folder, tmp_path / "SHA256SUMS")
+    assert digests.keys() == FILES.keys()
+    assert verify_model(folder, manifest=tmp_path / "SHA256SUMS").is_ok
+    signal.alarm(0)
+
+
+def test_a_manifest_that_would_grow_is_refused(tmp_path: Path) -> None:
+    """16 MiB of empty lists would take 500."""
+    (tmp_path / "manifest.json").write_bytes(b'{"a":[' + b"[]," * 5_000_000 + b"1]}")
+    with pytest.raises(CheckpointError, match=r"could take .* bytes of memory when it is parsed"):
+        read_manifest(tmp_path / "manifest.json")

@@ -11,6 +11,11 @@ from tramontane.checkpoint.parameters import Parameters
 from tramontane.config import ModelConfig
 from tramontane.errors import CheckpointError
 
+_NARROW = {
+    torch.float16: ("fp16", "write BF16 or F32"),
+    torch.bfloat16: ("bf16", "write F32"),
+}
+
 
 @dataclass(frozen=True)
 class Assembly:
@@ -43,10 +48,12 @@ class Assembly:
 
 
 def convert_values(values: Tensor, dtype: torch.dtype, *, name: str) -> Tensor:
-    """In `dtype`. Raises CheckpointError where fp16 has no such number."""
+    """In `dtype`. Raises CheckpointError where fp16 or bf16 has no such number."""
     converted = values.to(device="cpu", dtype=dtype)
-    if dtype == torch.float16 and values.dtype != dtype and not converted.isfinite().all():
-        raise CheckpointError(
-            f"{name} has values beyond fp16 ({values.abs().max().item():g}); write BF16 or F32"
-        )
+    if dtype != torch.float32 and values.dtype != dtype and converted.numel():
+        low, high = converted.aminmax()
+        if not (low.isfinite() and high.isfinite()):
+            short, remedy = _NARROW[dtype]
+            largest = values.abs().max().item()
+            raise CheckpointError(f"{name} has values beyond {short} ({largest:g}); {remedy}")
     return converted

@@ -5,6 +5,7 @@ interleaved, experts are stacked. Embeddings and head of a Q4_0 file are Q8_0: t
 """
 
 from collections.abc import Mapping
+from contextlib import closing
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -17,7 +18,7 @@ from tramontane.atomic import atomic_file
 from tramontane.checkpoint.assembly import Assembly, convert_values
 from tramontane.checkpoint.files.gguf_values import PACKINGS, load_gguf_library
 from tramontane.checkpoint.files.stored_tensor import DTYPES
-from tramontane.checkpoint.gguf import ARCHITECTURE, describe_for_gguf
+from tramontane.checkpoint.gguf import ARCHITECTURE, VOCABULARY, describe_for_gguf
 from tramontane.checkpoint.names import GGUF
 from tramontane.checkpoint.parameters import Parameters
 from tramontane.checkpoint.writer import OnTensor
@@ -27,6 +28,8 @@ from tramontane.errors import CheckpointError
 ENCODINGS = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # LLAMA_FTYPE of llama.h
 _PACKING_OF_NAME = {packing.name: packing for packing in PACKINGS.values()}
+_LARGEST_SCALE = 65504.0  # fp16's largest number: a block's scale is one
+_STEPS = {"Q8_0": 127, "Q4_0": 8}  # that a block's largest value is away from zero
 
 
 def write_gguf(
@@ -41,17 +44,26 @@ def write_gguf(
     """Write a GGUF whose matrices are in `encoding`; `metadata` describes the vocabulary.
 
     The file is whole or not there. Raises CheckpointError on an encoding that is not one of
-    ENCODINGS, and on a matrix whose rows do not fit its blocks; CapacityError on a full disk.
+    ENCODINGS, on a matrix whose rows do not fit its blocks, and on a vocabulary that has not a
+    token for each row of the embeddings; CapacityError on a full disk.
     """
     if encoding not in ENCODINGS:
         raise CheckpointError(f"GGUF cannot be written as {encoding!r}; choose one of {ENCODINGS}")
+    num_tokens = len(metadata.get(VOCABULARY, ())) or config.vocab_size
+    if num_tokens != config.vocab_size:
+        raise CheckpointError(
+            f"{VOCABULARY} has {num_tokens} tokens, the embeddings {config.vocab_size} rows, which "
+            "llama.cpp counts by the tokens; describe the vocabulary with num_rows="
+        )
     library = load_gguf_library(path)
     assembly = Assembly(GGUF, config, parameters)
     shapes = assembly.list_shapes()
     encodings = {name: _choose_encoding(name, shape, encoding) for name, shape in shapes.items()}
     sizes = {name: _count_bytes(name, shapes[name], encodings[name]) for name in shapes}
-    with atomic_file(Path(path), bytes_needed=sum(sizes.values()) + 2**24) as new:
-        writer = library.GGUFWriter(new, ARCHITECTURE)
+    with (
+        atomic_file(Path(path), bytes_needed=sum(sizes.values()) + 2**24) as new,
+        closing(library.GGUFWriter(new, ARCHITECTURE)) as writer,
+    ):
         writer.add_file_type(_FILE_TYPES[encoding])
         writer.add_quantization_version(library.GGML_QUANT_VERSION)
         for key, value in (describe_for_gguf(config) | dict(metadata)).items():
@@ -74,7 +86,6 @@ def write_gguf(
             writer.write_tensor_data(_encode(assembly, name, encodings[name], library))
             if on_tensor is not None:
                 on_tensor(name, sizes[name])
-        writer.close()
 
 
 def _choose_encoding(name: str, shape: tuple[int, ...], encoding: str) -> str:
@@ -106,6 +117,9 @@ def _encode(assembly: Assembly, name: str, encoding: str, library: Any) -> np.nd
     kind = library.GGMLQuantizationType[encoding]
     quantize = partial(library.quants.quantize, qtype=kind)
     rows = values.reshape(-1, values.shape[-1])
+    largest = float(values.abs().max())
+    if largest > _STEPS[encoding] * _LARGEST_SCALE:
+        raise CheckpointError(f"{name} has values beyond {encoding} ({largest:g}); write F32")
     parts = [quantize(part.float().numpy()) for part in rows.split(max(1, 2**22 // rows.shape[1]))]
     packed = np.concatenate(parts)
     return packed.reshape(*values.shape[:-1], packed.shape[-1])

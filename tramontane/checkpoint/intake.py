@@ -4,34 +4,38 @@ Nothing in a file is run: the pickle in a torch archive is read as symbols (file
 and pickles of the old kind are refused by name.
 """
 
-import math
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tramontane.atomic import find_previous
-from tramontane.checkpoint.check import TensorPair, find_common_dtype, match_tensors
-from tramontane.checkpoint.files.gguf_file import read_gguf
-from tramontane.checkpoint.files.safetensors_file import read_table
-from tramontane.checkpoint.files.stored_tensor import DTYPES, StoredTensor
-from tramontane.checkpoint.files.torch_file import read_torch_table
-from tramontane.checkpoint.gguf import GGUF
-from tramontane.checkpoint.hf import HUGGING_FACE, check_index, read_index
-from tramontane.checkpoint.layout import Container, Contents, Layout, check_names
+from tramontane.checkpoint.check import (
+    TensorPair,
+    check_factors,
+    check_names,
+    count_values,
+    describe_mix,
+    find_doubts,
+    match_tensors,
+)
+from tramontane.checkpoint.files.stored_tensor import StoredTensor
+from tramontane.checkpoint.gguf import GGUF, VOCABULARY
+from tramontane.checkpoint.grouping import LOOKED_FOR, find_group, list_entries
+from tramontane.checkpoint.hf import HUGGING_FACE
+from tramontane.checkpoint.layout import Container, Contents, Formats, Layout
 from tramontane.checkpoint.mistral import MISTRAL
-from tramontane.checkpoint.names import NameTable
+from tramontane.checkpoint.names import STRIPED_HYENA, NameTable, TensorMap
+from tramontane.checkpoint.quantized import QUANTIZED
+from tramontane.checkpoint.side_files import check_side_files
 from tramontane.config import ModelConfig
 from tramontane.errors import CheckpointError
 
-LAYOUTS: tuple[Layout, ...] = (HUGGING_FACE, MISTRAL, GGUF)
-_LOOKED_FOR = "safetensors, GGUF, or torch archives (consolidated.00.pt)"
-_INDEX_SUFFIX = ".safetensors.index.json"
-_PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
+_LOG = logging.getLogger(__name__)
+LAYOUTS: tuple[Layout, ...] = (HUGGING_FACE, MISTRAL, GGUF, QUANTIZED)
 
 
 @dataclass(frozen=True)
@@ -49,22 +53,48 @@ class Checkpoint:
 
     @property
     def where_config_is(self) -> str:
-        """For messages: the file, or "the metadata"."""
-        return self.layout.config_file
+        """For messages: the path of the file, or of the one whose metadata it is."""
+        if self.contents.container == "gguf":
+            return f"the metadata of {self.contents.files[0]}"
+        return str(self.contents.folder / self.layout.config_file)
 
-    @property
+    @cached_property
+    def has_config(self) -> bool:
+        """Whether there is a file with the configuration, or metadata."""
+        is_gguf = self.contents.container == "gguf"
+        return is_gguf or (self.contents.folder / self.layout.config_file).exists()
+
+    @cached_property
     def dtype(self) -> torch.dtype:
-        """That of the weights. In a GGUF that of most values, and bfloat16 for packed ones.
+        """That of most values, those of packed weights apart; GGUF's blocks count as bfloat16.
 
-        Raises CheckpointError on safetensors of several dtypes.
+        Where there are several it is said which this is. Errors as for `pairs`.
         """
-        if self.contents.container != "gguf":
-            return find_common_dtype(self.pairs)
-        counts: Counter[torch.dtype] = Counter()
-        for tensor in self.contents.stored.values():
-            dtype = tensor.dtype if tensor.encoding in DTYPES else torch.bfloat16
-            counts[dtype] += math.prod(tensor.shape)
-        return counts.most_common(1)[0][0]
+        if self.contents.container != "gguf":  # where norms are fp32 beside all
+            for note in describe_mix(self.pairs):
+                _LOG.warning("%s", note)
+        return count_values(self.pairs).most_common(1)[0][0]
+
+    @cached_property
+    def assumed(self) -> tuple[str, ...]:
+        """What of the configuration the file does not say, although it matters."""
+        return self.layout.list_assumed(self.contents)
+
+    @cached_property
+    def doubts(self) -> tuple[str, ...]:
+        """What the file says and is likely wrong."""
+        return find_doubts(self.config, where=self.where_config_is)
+
+    def list_notes(self) -> Iterator[str]:
+        """What a user has to know when this is loaded. Raises what `config` does."""
+        for what in self.assumed:
+            yield f"{self.where_config_is} does not say it, and so it is assumed: {what}"
+        yield from self.doubts
+
+    @cached_property
+    def formats(self) -> Formats:
+        """The parameters that can be run packed as they are stored; errors as for `pairs`."""
+        return self.layout.find_formats(self._expected, self.contents)
 
     @cached_property
     def pairs(self) -> list[TensorPair]:
@@ -72,13 +102,33 @@ class Checkpoint:
 
         Raises CheckpointError unless all are there in their shape, and no others.
         """
-        stored = {
-            name: tensor
-            for name, tensor in self.contents.stored.items()
-            if not self.table.is_derived(name)
-        }
-        check_names(self.table, self.config, stored, where=self.where_config_is)
-        return match_tensors(self.table.map_tensors(self.config), stored, folder=self.contents.path)
+        expected = self.layout.pack_tensors(self._expected, self.formats)
+        return match_tensors(expected, self._stored, folder=self.contents.path)
+
+    def require_unquantized(self, purpose: str) -> None:
+        """Raise CheckpointError if the weights have no plain form on disk."""
+        if self.layout.is_quantized:
+            raise CheckpointError(
+                f"{self.contents.path} is quantised, which is for running; {purpose} takes the "
+                "model that it was made from"
+            )
+
+    @cached_property
+    def _stored(self) -> dict[str, StoredTensor]:
+        stored = dict(self.contents.stored)
+        for name in self.contents.stored:
+            if self.table.is_factor(name):
+                check_factors(stored[name], self.config)
+            if self.table.is_factor(name) or self.table.is_derived(name):
+                del stored[name]
+        return stored
+
+    @cached_property
+    def _expected(self) -> TensorMap:
+        """What the table asks for, once the names are known to be of this kind and number."""
+        files = self.contents.files
+        check_names(self.table, self.config, self._stored, where=self.where_config_is, files=files)
+        return self.table.map_tensors(self.config)
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -87,154 +137,52 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     Raises CheckpointError if there is none, if there are several, or if a header is damaged.
     """
     path = Path(path)
+    checkpoint = find_checkpoint(path)
+    if checkpoint is None:
+        raise CheckpointError(_explain_absence(path))
+    return checkpoint
+
+
+def find_checkpoint(path: Path) -> Checkpoint | None:
+    """`open_checkpoint`, but None if no file at a `path` that exists holds weights."""
     try:
-        group = _find_group(path)
+        if not path.exists():
+            raise CheckpointError(_explain_absence(path))
+        group = find_group(path, find_layout=_find_layout)
+        folder = path if path.is_dir() else path.parent
+        if path.is_dir() or group is None or VOCABULARY not in group.metadata:
+            check_side_files(folder)  # beside a GGUF that has all itself, others' files may lie
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    stored = _merge_tables(group)
-    layout = group.layout or _find_layout(stored, group.container)
+    if group is None:
+        return None
+    stored = group.merge()
+    layout = _find_layout(stored, group.container)
     if layout is None:
-        examples = sorted(stored)[:3]
-        raise CheckpointError(
-            f"{path}: no tensor is one of a Mistral or Mixtral, "
-            f"{f'found {examples}' if examples else 'there are none at all'}"
-        )
-    folder = path if path.is_dir() else path.parent
+        raise CheckpointError(f"{path}: {describe_strangers(stored)}")
     files = tuple(group.tables)
     contents = Contents(path, folder, group.container, files, stored, group.metadata)
     return Checkpoint(layout, layout.choose_table(stored), contents)
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Files that make one checkpoint together, perhaps with an index, and their headers."""
-
-    container: Container
-    layout: Layout | None
-    tables: Mapping[Path, Mapping[str, StoredTensor]]
-    metadata: Mapping[str, Any]
-    index: Path | None = None
-
-    def __str__(self) -> str:
-        return str((self.index or next(iter(self.tables))).name)
-
-
-def _find_group(path: Path) -> _Group:
-    """The one group of files at `path` that can be a checkpoint."""
-    if not path.exists():
-        previous = find_previous(path.absolute())
-        remedy = f"; a killed save left its previous version at {previous}" if previous else ""
-        raise CheckpointError(f"{path} does not exist; looked for {_LOOKED_FOR}{remedy}")
-    entries = [path]
+def _explain_absence(path: Path) -> str:
+    """Why there is no checkpoint."""
     if path.is_dir():
-        entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-    groups = _group_files(entries)
-    if len(groups) > 1:
-        raise CheckpointError(
-            f"{path} holds {len(groups)} checkpoints ({', '.join(map(str, groups))}); name the one "
-            "that is meant by its file, or move the others away"
-        )
-    if groups:
-        return groups[0]
-    _refuse_pickles(entries)
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is none of {_LOOKED_FOR}")
-    found = [entry.name for entry in entries[:8]]
-    raise CheckpointError(
-        f"{path} has no weights: looked for {_LOOKED_FOR}, "
-        f"found {found if found else 'an empty folder'}"
-    )
+        found = [entry.name for entry in list_entries(path)[:8]] or "an empty folder"
+        return f"{path} has no weights: looked for {LOOKED_FOR}, found {found}"
+    if path.exists():
+        return f"{path} is none of {LOOKED_FOR}"
+    previous = find_previous(path.absolute())
+    remedy = f"; a killed save left its previous version at {previous}" if previous else ""
+    return f"{path} does not exist; looked for {LOOKED_FOR}{remedy}"
 
 
-def _group_files(entries: Sequence[Path]) -> list[_Group]:
-    """An index and its shards are a group; so are all other files of one container and layout."""
-    groups = [_read_indexed(e) for e in entries if e.name.endswith(_INDEX_SUFFIX)]
-    taken = {file for group in groups for file in group.tables}
-    loose = {entry: _recognise(entry) for entry in entries if entry not in taken}
-    if set(loose.values()) & {"safetensors", "gguf"} or groups:
-        # A pickle beside weights that need no trust is what some uploads keep for old readers.
-        loose = {entry: kind for entry, kind in loose.items() if kind != "torch"}
-    for entry, container in loose.items():
-        if container == "gguf":
-            gguf = read_gguf(entry)
-            groups.append(_Group("gguf", GGUF, {entry: gguf.tensors}, gguf.metadata))
-    readers: dict[Container, Callable[[Path], dict[str, StoredTensor]]] = {
-        "safetensors": read_table,
-        "torch": read_torch_table,
-    }
-    for container, read in readers.items():
-        tables = {entry: read(entry) for entry, kind in loose.items() if kind == container}
-        groups += _group_by_layout(container, tables, has_others=bool(groups))
-    return groups
-
-
-def _read_indexed(index: Path) -> _Group:
-    """The shards that an index names."""
-    weight_map = read_index(index)
-    tables = {shard: read_table(index.parent / shard) for shard in sorted(set(weight_map.values()))}
-    check_index(weight_map, tables, index)
-    by_path = {index.parent / shard: table for shard, table in tables.items()}
-    return _Group("safetensors", None, by_path, {}, index)
-
-
-def _group_by_layout(
-    container: Container, tables: Mapping[Path, Mapping[str, StoredTensor]], *, has_others: bool
-) -> list[_Group]:
-    """One group for each layout that has files; files of none are looked at with the first.
-
-    Beside a complete checkpoint, files of no layout (an adapter, say) are left alone.
-    """
-    by_layout: dict[str, dict[Path, Mapping[str, StoredTensor]]] = {}
-    unknown = {}
-    for path, table in tables.items():
-        if layout := _find_layout(table, container):
-            by_layout.setdefault(layout.name, {})[path] = table
-        else:
-            unknown[path] = table
-    groups = [_Group(container, None, files, {}) for files in by_layout.values()]
-    if not groups and unknown and not has_others:
-        groups = [_Group(container, None, {}, {})]
-    return [replace(g, tables={**g.tables, **unknown}) for g in groups[:1]] + groups[1:]
-
-
-def _recognise(path: Path) -> Container | None:
-    """What kind of file it is, by its first bytes; a safetensors file may be known by its name."""
-    if path.is_dir():
-        if path.suffix == ".safetensors":
-            raise IsADirectoryError(f"{path} is a folder")
-        return None
-    with path.open("rb") as file:
-        head = file.read(512)
-    if head[:4] in (b"GGUF", b"FUGG"):
-        return "gguf"
-    if head[:4] == b"PK\x03\x04":  # a zip; torch.save writes NAME/data.pkl first
-        return "torch" if b"/data.pkl" in head else None
-    length = int.from_bytes(head[:8], "little")
-    is_header = head[8:9] == b"{" and length <= path.stat().st_size - 8
-    return "safetensors" if is_header or path.suffix == ".safetensors" else None
-
-
-def _refuse_pickles(entries: Sequence[Path]) -> None:
-    for entry in entries:
-        if entry.suffix in _PICKLE_SUFFIXES:
-            raise CheckpointError(
-                f"{entry} is a pickle of the old kind, which can run code when it is read; "
-                f"tramontane reads {_LOOKED_FOR}: convert it first (transformers: save_pretrained)"
-            )
-
-
-def _merge_tables(group: _Group) -> dict[str, StoredTensor]:
-    """All tensors of the group by name."""
-    stored: dict[str, StoredTensor] = {}
-    for table in group.tables.values():
-        for name, tensor in table.items():
-            if name in stored:
-                raise CheckpointError(
-                    f"{name} is in {stored[name].path.name} and in {tensor.path.name}; these files "
-                    "do not belong together"
-                )
-            stored[name] = tensor
-    return stored
+def describe_strangers(names: Collection[str]) -> str:
+    """What tensors of no layout are."""
+    if any(map(STRIPED_HYENA.fullmatch, names)):
+        return "these are the tensors of a StripedHyena, which tramontane does not run yet"
+    found = f"found {sorted(names)[:3]}" if names else "there are none at all"
+    return f"no tensor is one of a Mistral or Mixtral, {found}"
 
 
 def _find_layout(stored: Mapping[str, StoredTensor], container: Container) -> Layout | None:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tramontane.checkpoint.files.stored_tensor import StoredTensor
-from tramontane.checkpoint.names import NameTable
+from tramontane.checkpoint.names import NameTable, TensorMap
 from tramontane.config import ModelConfig
-from tramontane.errors import CheckpointError
+from tramontane.quant.formats import QuantFormat
 
+Formats = Mapping[str, QuantFormat]  # of our parameters, by name
 Container = Literal["safetensors", "gguf", "torch"]
 
 
@@ -29,12 +30,27 @@ class Contents:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
+def _assume_nothing(contents: Contents) -> tuple[str, ...]:
+    return ()
+
+
+def _find_no_formats(tensors: TensorMap, contents: Contents) -> Formats:
+    return {}
+
+
+def _keep_tensors(tensors: TensorMap, formats: Formats) -> TensorMap:
+    return tensors
+
+
 @dataclass(frozen=True)
 class Layout:
     """How one kind of checkpoint lies on disk.
 
     A checkpoint is of the layout whose `tables` know most of its tensors. `read_config` gives the
-    configuration, from `config_file` beside the weights or from their header.
+    configuration, from `config_file` beside the weights or from their header, and `list_assumed`
+    what of it nobody said, although it could have been said. `find_formats` tells
+    which of our parameters can be run packed as they are stored, given the tensors that the table
+    expects; `pack_tensors` says how those tensors lie then, where it is otherwise (`is_quantized`).
     """
 
     name: str
@@ -42,29 +58,11 @@ class Layout:
     tables: tuple[NameTable, ...]
     config_file: str
     read_config: Callable[[Contents], ModelConfig]
+    list_assumed: Callable[[Contents], tuple[str, ...]] = _assume_nothing
+    find_formats: Callable[[TensorMap, Contents], Formats] = _find_no_formats
+    pack_tensors: Callable[[TensorMap, Formats], TensorMap] = _keep_tensors
+    is_quantized: bool = False
 
     def choose_table(self, stored: Collection[str]) -> NameTable:
         """The table that knows most of the names; the first of equals."""
         return max(self.tables, key=lambda table: table.count_matches(stored))
-
-
-def check_names(
-    table: NameTable, config: ModelConfig, stored: Mapping[str, StoredTensor], *, where: str
-) -> None:
-    """Raise CheckpointError if `where` speaks of another kind or number of layers or experts."""
-    num_experts = table.count_experts(stored)
-    if (num_experts == 0) != (config.moe is None):
-        kinds = {True: "a dense model ('mistral')", False: "a mixture of experts ('mixtral')"}
-        raise CheckpointError(
-            f"{where} describes {kinds[config.moe is None]}, the tensors are "
-            f"{kinds[num_experts == 0]}; these files do not belong together"
-        )
-    counts = {"n_layers": (config.n_layers, table.count_layers(stored))}
-    if config.moe is not None:
-        counts["num_experts"] = (config.moe.num_experts, num_experts)
-    for name, (said, found) in counts.items():
-        if said != found:
-            raise CheckpointError(
-                f"{where}: {table.fields[name]} is {said}, the tensors have {found}; "
-                "incomplete download, or files that do not belong together?"
-            )

@@ -2,10 +2,13 @@
 
 The model is built without memory, on the meta device. Parameters that lie in a file as they are
 needed stay views of the mapped file, stacks of experts too where the experts follow one another;
-others are read straight into their place: peak memory is that of the model and of one tensor.
+others are read straight into their place, converted some rows at a time, or packed on the way to
+it: peak memory is that of the model and little more.
 """
 
-from collections.abc import Iterator, Sequence
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -16,15 +19,24 @@ from torch import Tensor
 
 from tramontane.checkpoint.changes import SAME
 from tramontane.checkpoint.check import TensorPair, check_finite_values
-from tramontane.checkpoint.files.stored_tensor import DTYPES, StoredTensor
+from tramontane.checkpoint.files.stored_tensor import UNPACKED, StoredTensor
 from tramontane.checkpoint.intake import Checkpoint, open_checkpoint
 from tramontane.checkpoint.names import Part
+from tramontane.checkpoint.packed import read_packed
 from tramontane.config import ModelConfig
 from tramontane.errors import CheckpointError
 from tramontane.models.transformer import Transformer, build_model
+from tramontane.quant.formats import SUFFIXES, Packer, TensorSpec, name_packed
 
-# Threads that read; each may hold one expert more than the model (117 MB in Mixtral 8x7B).
-_NUM_READERS = 2
+_NUM_READERS = 2  # threads; each may hold a chunk more than the model, twice where it is unpacked
+_MAX_CHUNK_BYTES = 2**24
+_MAX_ITEM_BYTES = 4  # of a value, once unpacked
+_LOG = logging.getLogger(__name__)
+_HEAD, _EMBEDDINGS = "output.weight", "tok_embeddings.weight"
+
+Source = tuple[Part, StoredTensor]
+Sources = Mapping[str, Sequence[Source]]  # parameter -> what it is made of
+Plan = tuple[Callable[[Source], None], dict[str, Tensor]]  # what to do for each source, the results
 
 
 def load_config(path: Path | str) -> ModelConfig:
@@ -56,63 +68,117 @@ def fill_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     check_finite: bool = True,
+    packer: Packer | None = None,
 ) -> Transformer:
-    """`load_model` of a checkpoint that has been opened."""
+    """`load_model` of a checkpoint that has been opened.
+
+    With a `packer` (`quant.apply.ModelPacker`) the model runs the weights packed for which that has
+    formats: mapped where they lie so, else packed as they are read. Without one a quantised folder
+    raises CheckpointError.
+    """
     try:
+        if packer is None:
+            checkpoint.require_unquantized("loading plain weights")
         pairs = checkpoint.pairs
         model = build_model(checkpoint.config, device="meta").eval()
+        if packer is not None:
+            packer.swap(model)
         filler = _Filler(
             model,
             dtype=dtype or checkpoint.dtype,
             device=torch.device(device),
             check_finite=check_finite,
+            packer=packer,
         )
-        parameters = filler.fill(pairs)
+        for note in checkpoint.list_notes():
+            _LOG.warning("%s", note)
+        parameters = filler.fill(_find_sources(pairs, model))
     except OSError as error:
         raise CheckpointError(f"{checkpoint.contents.path} cannot be read: {error}") from error
     _assign(model, parameters, pairs)
     return model
 
 
+def _find_sources(pairs: Sequence[TensorPair], model: Transformer) -> Sources:
+    """What each parameter is made of; a head that is packed but tied has the embeddings' values."""
+    sources: dict[str, list[Source]] = {}
+    for pair in pairs:
+        for part in pair.expected.parts:
+            sources.setdefault(part.parameter, []).append((part, part.locate(pair.stored)))
+    is_head_missing = _HEAD not in sources and name_packed(_HEAD, "qweight") not in sources
+    if is_head_missing and not isinstance(model.output, torch.nn.Linear):
+        sources[_HEAD] = sources[_EMBEDDINGS]
+    return sources
+
+
 class _Filler:
-    """Gives each parameter of a model its values, from one or several stored tensors."""
+    """Gives each parameter of a model its values, from one or several stored tensors.
+
+    Parameters take the dtype asked for; buffers, which packed weights lie in, keep their own.
+    """
 
     def __init__(
-        self, model: Transformer, *, dtype: torch.dtype, device: torch.device, check_finite: bool
+        self,
+        model: Transformer,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        check_finite: bool,
+        packer: Packer | None,
     ) -> None:
-        self._shapes = {name: value.shape for name, value in model.state_dict().items()}
-        self._dtype, self._device, self._check_finite = dtype, device, check_finite
+        buffers = dict(model.named_buffers())
+        self._specs = {
+            name: TensorSpec(value.shape, value.dtype if name in buffers else dtype)
+            for name, value in model.state_dict().items()
+        }
+        self._device, self._check_finite = device, check_finite
+        self._packer = packer
 
-    def fill(self, pairs: Sequence[TensorPair]) -> dict[str, Tensor]:
-        """All parameters by name."""
-        sources: dict[str, list[tuple[Part, StoredTensor]]] = {}
-        for pair in pairs:
-            for part in pair.expected.parts:
-                located = (part, part.locate(pair.stored))
-                sources.setdefault(part.parameter, []).append(located)
-        parameters: dict[str, Tensor] = {}
+    def fill(self, sources: Sources) -> dict[str, Tensor]:
+        """All parameters and buffers by name."""
+        values: dict[str, Tensor] = {}
         with ThreadPoolExecutor(_NUM_READERS) as readers:
             for name, parts in sources.items():
-                whole = self._find_whole(parts)
-                if whole is not None:
-                    parameters[name] = whole.read().to(self._device)
-                    work = partial(self._check, parameters[name])
+                if self._packer is not None and name in self._packer.formats:
+                    work, tensors = self._plan_packing(name, self._packer)
                 else:
-                    parameters[name] = torch.empty(
-                        self._shapes[name], dtype=self._dtype, device=self._device
-                    )
-                    work = partial(self._copy, parameters[name])
+                    work, tensors = self._plan_copying(name, parts)
                 list(readers.map(work, parts))
-        return parameters
+                values |= tensors
+        return values
 
-    def _find_whole(self, parts: Sequence[tuple[Part, StoredTensor]]) -> StoredTensor | None:
+    def _plan_copying(self, name: str, parts: Sequence[Source]) -> Plan:
+        """A tensor of the model's, mapped or to be filled, and what is to be done for each part."""
+        spec = self._specs[name]
+        if whole := self._find_whole(parts, spec.dtype):
+            tensor = whole.read().to(self._device)
+            return partial(self._check, tensor), {name: tensor}
+        tensor = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
+        return partial(self._copy, tensor), {name: tensor}
+
+    def _plan_packing(self, name: str, packer: Packer) -> Plan:
+        """The same for a packed weight's tensors."""
+        tensors = {}
+        for suffix in SUFFIXES:
+            if spec := self._specs.get(name_packed(name, suffix)):
+                tensors[suffix] = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
+
+        def work(source: Source) -> None:
+            part, stored = source
+            packed = read_packed(part, stored, packer.formats[name], packer=packer)
+            for suffix, tensor in tensors.items():
+                part.find_place(tensor).copy_(getattr(packed, suffix))
+
+        return work, {name_packed(name, suffix): tensor for suffix, tensor in tensors.items()}
+
+    def _find_whole(self, parts: Sequence[Source], dtype: torch.dtype) -> StoredTensor | None:
         """The stored values as one tensor, if they need neither conversion nor gathering."""
         parts = sorted(parts, key=lambda pair: pair[0].expert or 0)
         first = parts[0][1]
         end = first.begin
         for part, stored in parts:
-            is_plain = stored.encoding in DTYPES and part.change is SAME
-            if stored.dtype != self._dtype or not is_plain:
+            is_plain = stored.encoding in UNPACKED and part.change is SAME
+            if stored.dtype != dtype or not is_plain:
                 return None
             if stored.path != first.path or stored.begin != end or first.begin % 64:
                 return None if len(parts) > 1 else first
@@ -121,29 +187,44 @@ class _Filler:
             return first
         return replace(first, shape=(len(parts), *first.shape), end=end)
 
-    def _copy(self, target: Tensor, source: tuple[Part, StoredTensor]) -> None:
+    def _copy(self, target: Tensor, source: Source) -> None:
         part, stored = source
         place = part.find_place(target)
-        is_plain = stored.dtype == self._dtype or stored.encoding not in DTYPES
+        is_plain = stored.dtype == target.dtype or stored.encoding not in UNPACKED
         if is_plain and part.change is SAME and self._device.type == "cpu":
             stored.read_into(place)
         else:
-            place.copy_(part.change.to_ours(stored.read()))
+            _copy_rows(place, source)
         self._check(target, source)
 
-    def _check(self, target: Tensor, source: tuple[Part, StoredTensor]) -> None:
+    def _check(self, target: Tensor, source: Source) -> None:
         part, stored = source
         if self._check_finite:
             check_finite_values(part.find_place(target), stored)
 
 
+def _copy_rows(place: Tensor, source: Source) -> None:
+    """Change and convert some rows at a time: of a whole tensor all pages would be in memory."""
+    part, stored = source
+    num_rows, block = stored.shape[0], part.change.block
+    row_bytes = math.prod(stored.shape[1:]) * _MAX_ITEM_BYTES
+    step = max(1, _MAX_CHUNK_BYTES // (row_bytes * block)) * block
+    for begin in range(0, num_rows, step):
+        end = min(begin + step, num_rows)
+        values = part.change.to_ours(stored.narrow(slice(begin, end)).read())
+        place.narrow(part.change.axis, begin, end - begin).copy_(values)
+
+
 def _assign(model: Transformer, parameters: dict[str, Tensor], pairs: Sequence[TensorPair]) -> None:
-    """Make the values the model's parameters; a tied head is the embeddings themselves."""
-    if not model.config.tie_embeddings:
+    """Make the values the model's parameters; a tied head is the embeddings themselves.
+
+    A tied head that is packed is a copy of them.
+    """
+    if not model.config.tie_embeddings or _HEAD not in model.state_dict():
         model.load_state_dict(parameters, strict=True, assign=True)
         return
-    embeddings = parameters["tok_embeddings.weight"]
-    head = parameters.setdefault("output.weight", embeddings)
+    embeddings = parameters[_EMBEDDINGS]
+    head = parameters.setdefault(_HEAD, embeddings)
     if head is not embeddings and not torch.equal(head, embeddings):  # NaN differs from itself
         raise CheckpointError(
             f"{next(_find_heads(pairs)).place} differs from the embeddings, but "
@@ -154,4 +235,4 @@ def _assign(model: Transformer, parameters: dict[str, Tensor], pairs: Sequence[T
 
 
 def _find_heads(pairs: Sequence[TensorPair]) -> Iterator[StoredTensor]:
-    return (p.stored for p in pairs if Part("output.weight") in p.expected.parts)
+    return (p.stored for p in pairs if Part(_HEAD) in p.expected.parts)

@@ -53,13 +53,15 @@ class Part:
 class ExpectedTensor:
     """A tensor that a checkpoint of a given configuration has to hold, and where it goes.
 
-    `reason` says what in the configuration asks for it, where that is not plain.
+    `reason` says what in the configuration asks for it, where that is not plain. `encoding` is the
+    only one in which it may be stored; None stands for any in which weights are.
     """
 
     dims: tuple[Dim, ...]
     parts: tuple[Part, ...]
     is_optional: bool = False
     reason: str = ""
+    encoding: str | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -96,6 +98,7 @@ class NameTable:
     rope_pairs: Literal["halves", "neighbours"]
     fields: Mapping[str, str]
     derived: str = ""  # ends the names of tensors that follow from the configuration
+    factors: str = ""  # ends the names of factors of RoPE's frequencies, which have to be one
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -104,14 +107,20 @@ class NameTable:
             *self.attention.values(), self.attention_norm, self.ffn_norm, *self.dense.values(),
             self.gate, *self.experts.values(),
         ]  # fmt: skip
-        escaped = [re.escape(name) for name in dict.fromkeys(in_layer)]
+        spellings = dict.fromkeys(s for name in in_layer for s in self.list_spellings(name))
+        escaped = [re.escape(name) for name in spellings]
         alternatives = "|".join(
             name.replace(r"\{expert\}", rf"(?P<expert{number}>\d+)")  # a group's name stands once
             for number, name in enumerate(escaped)
         )
-        top = "|".join(map(re.escape, (self.tok_embeddings, self.norm, self.output)))
+        names = (self.tok_embeddings, self.norm, self.output)
+        top = "|".join(re.escape(s) for name in names for s in self.list_spellings(name))
         prefix = re.escape(self.layer).replace(r"\{layer\}", r"(?P<layer>\d+)")
         return re.compile(f"{top}|{prefix}(?:{alternatives})")
+
+    def list_spellings(self, name: str) -> tuple[str, ...]:
+        """The names under which what this table calls `name` may be stored."""
+        return (name,)
 
     def count_matches(self, stored: Collection[str]) -> int:
         """How many of the stored names are names of this table."""
@@ -137,6 +146,28 @@ class NameTable:
     def is_derived(self, name: str) -> bool:
         """Whether a tensor holds only what follows from the configuration, and is passed over."""
         return bool(self.derived) and name.endswith(self.derived)
+
+    def is_factor(self, name: str) -> bool:
+        """Whether a tensor scales the frequencies of RoPE."""
+        return bool(self.factors) and name.endswith(self.factors)
+
+    def list_names(self, config: ModelConfig) -> Iterator[str]:
+        """The names of `map_tensors`, one by one: a configuration may claim a billion layers."""
+        yield from (self.tok_embeddings, self.norm, self.output)
+        for layer in range(config.n_layers):
+            theirs = self.layer.format(layer=layer)
+            for name in (*self.attention.values(), self.attention_norm, self.ffn_norm):
+                yield theirs + name
+            if config.moe is None:
+                yield from (theirs + name for name in self.dense.values())
+                continue
+            yield theirs + self.gate
+            for name in self.experts.values():
+                if self.expert_form != "each":
+                    yield theirs + name
+                    continue
+                for expert in range(config.moe.num_experts):
+                    yield theirs + name.format(expert=expert)
 
     def map_tensors(self, config: ModelConfig) -> TensorMap:
         """All tensors that a checkpoint of `config` has in this layout."""
@@ -171,7 +202,7 @@ class NameTable:
             turned = matrix in ("wq", "wk") and self.rope_pairs == "neighbours"
             part = Part(
                 f"{ours}.attention.{matrix}.weight",
-                change=pair_halves(num_heads) if turned else SAME,
+                change=pair_halves(config.head_dim) if turned else SAME,
             )
             dims = (dim, width) if matrix == "wo" else (width, dim)
             yield theirs + name, ExpectedTensor(dims, (part,))
@@ -340,7 +371,7 @@ GGUF = NameTable(
         "n_layers": "llama.block_count", "num_experts": "llama.expert_count",
         "tie_embeddings": "that the embeddings are tied",
     },
-    derived="rope_freqs.weight",
+    factors="rope_freqs.weight",
 )  # fmt: skip
 
 # Files that llama.cpp wrote before April 2024.
@@ -353,3 +384,8 @@ GGUF_EACH = replace(
     },
     expert_form="each",
 )  # fmt: skip
+
+# StripedHyena-7B (github.com/togethercomputer/stripedhyena), which is known by its name alone yet.
+STRIPED_HYENA = re.compile(
+    r"(.*\.)?blocks\.\d+\.(filter\.(poles|residues|short_filter_weight)|inner_mha_cls\.\S+)"
+)

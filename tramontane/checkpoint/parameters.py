@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tramontane.checkpoint.check import TensorPair
+from tramontane.checkpoint.check import TensorPair, check_finite_values
 from tramontane.checkpoint.files.stored_tensor import StoredTensor
 from tramontane.checkpoint.names import Part
 
@@ -36,7 +36,7 @@ class ParametersInMemory:
 
 
 class StoredParameters:
-    """Those of a checkpoint on disk."""
+    """Those of a checkpoint on disk. Values that are NaN or infinite are a CheckpointError."""
 
     def __init__(self, pairs: Sequence[TensorPair]) -> None:
         self._sources: dict[tuple[str, int | None], tuple[Part, StoredTensor]] = {}
@@ -48,7 +48,9 @@ class StoredParameters:
         """See `Parameters`."""
         if (parameter, expert) in self._sources:
             part, stored = self._sources[parameter, expert]
-            return part.change.to_ours(stored.read())
+            values = part.change.to_ours(stored.read())
+            check_finite_values(values, stored)
+            return values
         count = sum(name == parameter for name, _ in self._sources)
         assert expert is None, f"expert {expert} of {parameter} is not stored"
         return torch.stack([self.read(parameter, e) for e in range(count)])

@@ -24,13 +24,23 @@ from tramontane.models.transformer import Transformer
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 MAX_SHARD_BYTES = 5 * 10**9
-_SMALL_FILES_BYTES = 2**20  # headers and JSON files, estimated from above
+_SMALL_FILES_BYTES = 2**24  # headers, JSON files and a vocabulary, estimated from above
 
 OnTensor = Callable[[str, int], None]  # called with the name and the bytes of each tensor written
 
 
 class FolderWriter(Protocol):
-    """What can save itself into a folder, as a tokenizer does."""
+    """What can save itself into a folder and knows the ids around a text, as a tokenizer does."""
+
+    @property
+    def bos_id(self) -> int:
+        """The id that starts a text."""
+        ...
+
+    @property
+    def eos_id(self) -> int:
+        """The id that ends it."""
+        ...
 
     def save(self, folder: Path) -> None:
         """Write the files of this object into an existing folder."""
@@ -77,12 +87,19 @@ def write_hf(
     *,
     dtype: torch.dtype,
     tokenizer: FolderWriter | None = None,
+    token_ids: Mapping[str, int | list[int]] | None = None,
     extra_files: Mapping[str, bytes] = {},
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_tensor: OnTensor | None = None,
 ) -> None:
-    """Write a Hugging Face folder; see `save_model`. `extra_files` are file name -> content."""
-    values = config.to_hf(dtype=str(dtype).removeprefix("torch."))
+    """Write a Hugging Face folder; see `save_model`. `extra_files` are file name -> content.
+
+    `token_ids` are the bos_token_id and eos_token_id of config.json and generation_config.json;
+    None means the tokenizer's.
+    """
+    if token_ids is None:
+        token_ids = list_token_ids(tokenizer)
+    values = config.to_hf(dtype=str(dtype).removeprefix("torch."), token_ids=token_ids)
     generation = {key: values[key] for key in ("bos_token_id", "eos_token_id")}
     files = {hf.CONFIG_FILE: values, GENERATION_CONFIG_FILE: generation}
     _write_folder(
@@ -126,6 +143,13 @@ def write_mistral(
     )
 
 
+def list_token_ids(tokenizer: FolderWriter | None) -> dict[str, int | list[int]]:
+    """Those of a tokenizer as config.json has them; none without one."""
+    if tokenizer is None:
+        return {}
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+
+
 def _write_folder(
     assembly: Assembly,
     folder: Path,
@@ -142,19 +166,15 @@ def _write_folder(
     total = sum(map(prod, shapes.values())) * dtype.itemsize
     needed = total + sum(map(len, extra_files.values())) + _SMALL_FILES_BYTES
     with atomic_folder(folder, bytes_needed=needed) as new:
-        shards = _split_shards(shapes, max_bytes=max_shard_bytes or total, itemsize=dtype.itemsize)
-        weight_map: dict[str, str] = {}
-        for number, shard in enumerate(shards, start=1):
-            name = f"{stem}.safetensors"
-            if len(shards) > 1:
-                name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        sizes = {name: prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+        shards = split_shards(sizes, stem=stem, max_bytes=max_shard_bytes or total)
+        for name, names in shards.items():
+            shard = {tensor: shapes[tensor] for tensor in names}
             _write_shard(new / name, assembly, shard, dtype=dtype, on_tensor=on_tensor)
-            weight_map |= dict.fromkeys(shard, name)
         if len(shards) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            _write_json(new / f"{stem}.safetensors.index.json", index)
+            write_json(new / f"{stem}.safetensors.index.json", build_index(shards, total))
         for name, values in json_files.items():
-            _write_json(new / name, values)
+            write_json(new / name, values)
         if tokenizer is not None:
             tokenizer.save(new)
         for name, content in extra_files.items():
@@ -178,21 +198,28 @@ def _write_shard(
     write_tensors(path, shapes, build, dtype=dtype)
 
 
-def _split_shards(
-    shapes: Mapping[str, tuple[int, ...]], *, max_bytes: int, itemsize: int
-) -> list[dict[str, tuple[int, ...]]]:
-    """Shards of at most `max_bytes` of tensors, or of one tensor."""
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
+def split_shards(sizes: Mapping[str, int], *, stem: str, max_bytes: int) -> dict[str, list[str]]:
+    """File names and the tensors, of given bytes, in each: at most `max_bytes`, or one tensor."""
+    shards: list[list[str]] = [[]]
     used = 0
-    for name, shape in shapes.items():
-        size = prod(shape) * itemsize
+    for name, size in sizes.items():
         if shards[-1] and used + size > max_bytes:
-            shards.append({})
+            shards.append([])
             used = 0
-        shards[-1][name] = shape
+        shards[-1].append(name)
         used += size
-    return shards
+    if len(shards) == 1:
+        return {f"{stem}.safetensors": shards[0]}
+    total = f"{len(shards):05d}"
+    return {f"{stem}-{n:05d}-of-{total}.safetensors": s for n, s in enumerate(shards, start=1)}
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+def build_index(shards: Mapping[str, Sequence[str]], total_bytes: int) -> dict[str, Any]:
+    """What model.safetensors.index.json says of several shards."""
+    weight_map = {tensor: file for file, tensors in shards.items() for tensor in tensors}
+    return {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write an object, two spaces deep."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

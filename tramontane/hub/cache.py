@@ -14,7 +14,7 @@ from huggingface_hub import constants
 
 from tramontane.errors import CheckpointError, StorageError
 from tramontane.hub.formats import Format, choose_files, find_formats
-from tramontane.hub.paths import list_files
+from tramontane.hub.paths import is_path, list_files
 
 if TYPE_CHECKING:
     from huggingface_hub import CachedRepoInfo, HFCacheInfo
@@ -56,19 +56,31 @@ def resolve_model(name: str) -> Path:
     path that it says. Raises CheckpointError where an id is not in the cache, or has no weights.
     """
     split = split_model_id(name)
-    if split is None or Path(name).exists():
+    if split is None or is_path(name):
         return Path(name)
+    if (path := find_cached(name)) is not None:
+        return path
+    is_there = bool(find_snapshots(split[0]))
+    found = "is in the cache without weights" if is_there else "is no path, and not in the cache"
+    raise CheckpointError(f"{name} {found}; fetch it first: tramontane pull {name}")
+
+
+def find_cached(name: str) -> Path | None:
+    """Where the cache has the weights of an id, "org/name" or "org/name:Q4_0"; None without any.
+
+    Raises CheckpointError where there are several GGUF files to choose from, or not that one.
+    """
+    split = split_model_id(name)
+    assert split is not None, name
     model, part = split
-    snapshots = find_snapshots(model)
-    for snapshot in snapshots:
+    for snapshot in find_snapshots(model):
         names = list(list_files(snapshot))
         formats = find_formats(names)
         if "gguf" in formats and (part or formats == ["gguf"]):
             return snapshot / choose_files(names, model=model, format="gguf", part=part).weights[0]
         if formats and not part:
             return snapshot
-    found = "is in the cache without weights" if snapshots else "is no path, and not in the cache"
-    raise CheckpointError(f"{name} {found}; fetch it first: tramontane pull {name}")
+    return None
 
 
 def find_snapshots(model: str) -> list[Path]:

@@ -61,7 +61,7 @@ def choose_files(
     """The files of one format: the one asked for, or the first there is of hf, mistral and gguf.
 
     `part` narrows several GGUF files down ("Q4_0"). Raises CheckpointError, naming `model`, if
-    there are no such weights, or several GGUF files to choose from.
+    there are no such weights, not all of their parts, or several GGUF files to choose from.
     """
     found = find_formats(names)
     if not found or (format is not None and format not in found):
@@ -70,6 +70,11 @@ def choose_files(
     weights = find_weights(names, chosen)
     if chosen == "gguf":
         weights = _choose_gguf(weights, part, model=model)
+    if absent := find_absent_shards(weights):
+        raise CheckpointError(
+            f"{model} is not whole: {_shorten(absent)} is missing, by the names of the others; "
+            "pull it again, or choose another repository if the hub lacks it too"
+        )
     beside = {_CONFIG.get(chosen), _INDEX.get(chosen)}
     others = [name for name in names if name in beside or _SHARED.fullmatch(name)]
     return Choice(chosen, tuple(sorted(weights)), tuple(sorted(others)))

@@ -1,12 +1,12 @@
 """Lists of checksums: the lines of `sha256sum` and of BSD's `sha256`, and JSON {file: checksum}."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tramontane.bounded_json import parse_json
 from tramontane.errors import CheckpointError
 from tramontane.hub.paths import check_relative_path
 
@@ -106,12 +106,8 @@ def _unescape(name: str) -> str:
 
 
 def _parse_json(text: str, path: Path) -> _Entries:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
     entries: _Entries = []
-    for name, value in values.items():
+    for name, value in parse_json(text.encode(), where=str(path)).items():
         where = f"{path}, key {name!r},"
         if not isinstance(value, str):
             raise CheckpointError(f"{where} is {value!r:.80}; it should be a checksum in hex")

@@ -4,6 +4,7 @@ A hub's cache keeps each file once, under its hash, and links to it from `snapsh
 may therefore lead anywhere inside that cache, and elsewhere nowhere but into the folder itself.
 """
 
+import errno
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -65,11 +66,26 @@ def is_snapshot(folder: Path) -> bool:
     )
 
 
+def is_path(name: str) -> bool:
+    """Whether something lies there. Raises PermissionError where nobody may look."""
+    try:
+        return Path(name).exists()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
+
+
 def list_files(folder: Path) -> Iterator[str]:
-    """Relative paths of all files in `folder`, sorted; hidden folders and files are left out."""
+    """Relative paths of all files in `folder`, sorted.
+
+    Hidden ones are left out, and pipes, sockets and devices, which have no end; links to nothing
+    are not.
+    """
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        if not path.is_dir() and not any(part.startswith(".") for part in relative.parts):
+        is_other = path.is_dir() or (path.exists() and not path.is_file())
+        if not is_other and not any(part.startswith(".") for part in relative.parts):
             yield relative.as_posix()
 
 

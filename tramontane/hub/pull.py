@@ -4,9 +4,8 @@ The library `huggingface_hub` does the fetching: it resumes where a connection b
 that are finished, and honours HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE.
 """
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import huggingface_hub
 from huggingface_hub import constants
 
 from tramontane.atomic import require_disk_space
-from tramontane.config import ModelConfig
 from tramontane.errors import CheckpointError, ConfigError
 from tramontane.hub.cache import get_cache_folder, get_repository_folder, split_model_id
 from tramontane.hub.formats import Choice, Format, choose_files
@@ -23,7 +21,12 @@ from tramontane.hub.hub_errors import HUB_ERRORS, explain_hub_error
 from tramontane.hub.meter import Meter, OnBytes, ignore_bytes
 from tramontane.hub.paths import check_relative_path
 
+CONFIG_FILES = ("config.json", "params.json")
+CheckConfig = Callable[[Path], object]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def _accept(_: Path) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -106,12 +109,20 @@ def plan_pull(
     )
 
 
-def run_pull(plan: PullPlan, *, on_bytes: OnBytes = ignore_bytes) -> Path:
+def run_pull(
+    plan: PullPlan,
+    *,
+    on_bytes: OnBytes = ignore_bytes,
+    check_config: CheckConfig = _accept,
+) -> Path:
     """Fetch the files of a plan; returns the path to load.
 
-    Raises CapacityError before the first byte if the disk has not enough space, ConfigError before
-    the weights if the model is of another family, CheckpointError if the network fails or a file
-    has another size than the hub says, and StorageError if the place cannot be written to.
+    `check_config` is given the configuration as soon as it is there, before the weights, and raises
+    a TramontaneError if these could not be used. A GGUF has it inside, where it is not looked at.
+
+    Raises CapacityError before the first byte if the disk has not enough space, CheckpointError if
+    the network fails or a file has another size than the hub says, and StorageError if the place
+    cannot be written to.
     """
     require_disk_space(plan.folder or get_cache_folder(), plan.count_missing_bytes())
     meter = Meter(plan.total_bytes, on_bytes)
@@ -119,13 +130,22 @@ def run_pull(plan: PullPlan, *, on_bytes: OnBytes = ignore_bytes) -> Path:
     for name, file in plan.files.items():
         path = _fetch(plan, name, plan.commit, meter)
         _check_size(path, file, plan)
-        if name == "config.json":
-            _check_config(path, plan.model)
+        if name in CONFIG_FILES:
+            _check(path, plan.model, check_config)
         done += file.size
         meter.add(done - meter.done)  # also what was there before, or came compressed
     if plan.folder is None and not _COMMIT.fullmatch(plan.revision):
         _point_branch(plan, meter)
     return plan.path
+
+
+def _check(path: Path, model: str, check_config: CheckConfig) -> None:
+    try:
+        check_config(path)
+    except (ConfigError, CheckpointError) as error:
+        raise type(error)(
+            f"{model} cannot be used, so its weights were not fetched: {error}"
+        ) from None
 
 
 def fetch_config(model: str, *, revision: str | None = None) -> Path:
@@ -135,7 +155,7 @@ def fetch_config(model: str, *, revision: str | None = None) -> Path:
     """
     info = _ask_hub(model, revision)
     names = {file.rfilename for file in info.siblings or ()}
-    name = next((name for name in ("config.json", "params.json") if name in names), None)
+    name = next((name for name in CONFIG_FILES if name in names), None)
     if name is None:
         raise CheckpointError(f"{model} has neither config.json nor params.json on the hub")
     commit = _require_commit(info.sha, model)
@@ -203,22 +223,6 @@ def _check_size(path: Path, file: RemoteFile, plan: PullPlan) -> None:
             f"{path} has {size:,} bytes, and {file.size:,} on the hub; remove {path.resolve()} and "
             f"pull {plan.model} again"
         )
-
-
-def _check_config(path: Path, model: str) -> None:
-    """Find out before the weights come whether they could be used."""
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    try:
-        ModelConfig.from_hf(values)
-    except ConfigError as error:
-        raise ConfigError(
-            f"{model} cannot be used, so its weights were not fetched: {error}"
-        ) from None
 
 
 def _point_branch(plan: PullPlan, meter: Meter) -> None:

@@ -1,16 +1,12 @@
-"""Broken safetensors files, by what is wrong with them; and a program that reads them all.
-
-Run as a program it prints, as JSON, by how many KiB the peak memory grew over the size of the file.
-"""
+"""Broken safetensors files, by what is wrong with them; run as a program, it reads them all."""
 
 import json
-import resource
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.checkpoint.peak_memory import print_growth
 from tramontane.checkpoint.files.safetensors_file import read_table
-from tramontane.errors import CheckpointError
 
 
 class Malformed(NamedTuple):
@@ -90,7 +86,12 @@ MALFORMED: dict[str, Malformed] = {
     "negative shape": Malformed(_one(entry(0, 8, shape=[-1, -2])), "w: shape is [-1, -2]"),
     "shape of text": Malformed(_one(entry(0, 8, shape=["2"])), "w: shape is ['2']"),
     "shape is a number": Malformed(_one(entry(0, 8, shape=2)), "w: shape is 2"),
-    "rank 10^6": Malformed(_one(entry(0, 8, shape=[1] * 10**6)), "w: shape is [1, 1"),
+    "rank 10^5": Malformed(_one(entry(0, 8, shape=[1] * 10**5)), "w: shape is [1, 1"),
+    "rank 10^6": Malformed(_one(entry(0, 8, shape=[1] * 10**6)), "bytes of memory when it is pars"),
+    "metadata is a list": Malformed(encode({"__metadata__": [1]}), "__metadata__ is no map of str"),
+    "metadata of numbers": Malformed(
+        encode({"__metadata__": {"a": 1}}), "__metadata__ is no map of strings"
+    ),
     "unknown dtype": Malformed(_one(entry(0, 8, dtype="F7")), "w: dtype 'F7' is not supported"),
     "integer dtype": Malformed(_one(entry(0, 8, dtype="I32")), "w: dtype 'I32' is not supported"),
     "dtype is a list": Malformed(_one(entry(0, 8, dtype=["F32"])), "w: dtype ['F32']"),
@@ -103,20 +104,6 @@ MALFORMED: dict[str, Malformed] = {
 }
 
 
-def main(folder: Path) -> None:
-    """Write and read each file in turn."""
-    growth = {}
-    for name, case in MALFORMED.items():
-        path = folder / "broken.safetensors"
-        path.write_bytes(case.content)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        try:
-            read_table(path)
-        except CheckpointError:
-            after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            growth[name] = after - before - len(case.content) // 1024
-    print(json.dumps(growth))
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    contents = {name: case.content for name, case in MALFORMED.items()}
+    print_growth(contents, read_table, Path(sys.argv[1]))

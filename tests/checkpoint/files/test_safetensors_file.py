@@ -1,8 +1,6 @@
 """Row C04 of the reliability table, and agreement with the safetensors library."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,10 +11,11 @@ import torch
 
 from tests.checkpoint.files import malformed
 from tests.checkpoint.files.malformed import MALFORMED, encode, entry
-from tramontane.checkpoint.files.safetensors_file import parse_json, read_table, write_tensors
+from tests.checkpoint.peak_memory import run_program
+from tramontane.bounded_json import parse_json
+from tramontane.checkpoint.files.safetensors_file import read_table, write_tensors
 from tramontane.errors import CheckpointError
 
-_ROOT = Path(__file__).parents[3]
 _DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -83,15 +82,10 @@ def test_c04_malformed_file_is_refused_with_its_reason(
     assert len(str(error.value)) < 500
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak")
 def test_c04_malformed_file_takes_no_memory_beyond_its_size(tmp_path: Path) -> None:
     """C04: the peak of a process grows by at most the file's size and 16 MiB."""
-    environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
-    done = subprocess.run(
-        [sys.executable, malformed.__file__, str(tmp_path)],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    growth = json.loads(done.stdout)
+    growth = run_program(malformed.__file__, str(tmp_path))
     assert growth.keys() == MALFORMED.keys()
     assert max(growth.values()) <= 16 * 1024, growth
 

@@ -19,6 +19,7 @@ from tests.checkpoint.files.malformed_torch import MALFORMED, Changes, archive, 
 from tests.checkpoint.peak_memory import run_program
 from tramontane.checkpoint.files import torch_file
 from tramontane.checkpoint.files.torch_file import read_torch_table
+from tramontane.checkpoint.files.torch_pickle import follow_pickle
 from tramontane.errors import CheckpointError
 
 _DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -213,10 +214,13 @@ def test_malformed_file_takes_no_memory_beyond_its_size(tmp_path: Path) -> None:
 
 
 def test_c31_a_program_without_end_is_refused(tmp_path: Path) -> None:
-    """C31: tuples in tuples, each of one byte."""
-    (tmp_path / "f").write_bytes(archive(b"\x80\x02N" + b"\x85" * 2**21 + b"."))
-    with pytest.raises(CheckpointError, match=r"byte 1,048,576: more than 1,048,576 opcodes"):
+    """C31: tuples in tuples, each of one byte; in a large file, too, for which more is read."""
+    endless = b"\x80\x02N" + b"\x85" * 2**21 + b"."
+    (tmp_path / "f").write_bytes(archive(endless))
+    with pytest.raises(CheckpointError, match=r"bytes of memory could be taken, beyond any model"):
         read_torch_table(tmp_path / "f")
+    with pytest.raises(CheckpointError, match=r"byte 1,048,576: more than 1,048,576 opcodes"):
+        follow_pickle(endless, where="f", memory=2**40)
 
 
 def test_c31_a_description_too_large_is_refused(

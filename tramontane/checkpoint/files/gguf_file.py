@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from tramontane.checkpoint.files.gguf_cursor import GgufCursor
 from tramontane.checkpoint.files.gguf_values import OTHER_PACKINGS, PACKINGS, PackedTensor, Packing
 from tramontane.checkpoint.files.stored_tensor import DTYPES, StoredTensor
 from tramontane.checkpoint.files.untrusted import MAX_BYTES, check_name, shorten
@@ -24,16 +25,16 @@ from tramontane.errors import CheckpointError
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-_MAX_HEADER_BYTES = 100_000_000  # 256,000 tokens with their scores and merges take 10 million
 _MAX_KEYS = 2**16
 _MAX_TENSORS = 2**17
 _MAX_DIMS = 4  # GGML's own limit
 _MAX_ALIGNMENT = 2**16
 _DEFAULT_ALIGNMENT = 32
+_KEY_MEMORY, _TENSOR_MEMORY = 256, 1024  # bytes of an entry, its name included
 _MIN_KEY_BYTES = 13  # length of the key, type, a value of one byte
 _MIN_TENSOR_BYTES = 32  # length of the name, rank, one dimension, type, offset
 
-_U32, _U64 = Struct("<I"), Struct("<Q")
+_U32 = Struct("<I")
 _HEADER = Struct("<4sIQQ")
 _ARRAY_HEADER = Struct("<IQ")
 _PLACE = Struct("<IQ")
@@ -80,7 +81,7 @@ def read_gguf(path: Path) -> GgufFile:
     with path.open("rb") as handle:
         _check_magic(handle.read(_HEADER.size), path)
         with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _read_header(_Cursor(data, path))
+            return _read_header(GgufCursor(data, path))
 
 
 def _check_magic(start: bytes, path: Path) -> None:
@@ -107,77 +108,7 @@ def _check_magic(start: bytes, path: Path) -> None:
         )
 
 
-class _Cursor:
-    """A position in the header that goes forward, and never past the end."""
-
-    def __init__(self, data: mmap.mmap, path: Path) -> None:
-        self.data, self.path, self.position = data, path, 0
-        self.num_bytes = len(data)
-        self._end = min(self.num_bytes, _MAX_HEADER_BYTES)
-
-    @property
-    def num_left(self) -> int:
-        return self._end - self.position
-
-    def move(self, num_bytes: int, what: str) -> int:
-        """Go forward over `num_bytes`, which are in the file; the position before."""
-        begin = self.position
-        if num_bytes > self._end - begin:
-            raise self.fail(what, f"takes {num_bytes:,} bytes at byte {begin:,}{self._say_end()}")
-        self.position = begin + num_bytes
-        return begin
-
-    def take(self, layout: Struct, what: str) -> tuple[Any, ...]:
-        return layout.unpack_from(self.data, self.move(layout.size, what))
-
-    def take_bytes(self, num_bytes: int, what: str) -> bytes:
-        begin = self.move(num_bytes, what)
-        return self.data[begin : self.position]
-
-    def take_string(self, what: str) -> str:
-        content = self.take_bytes(self.take(_U64, what)[0], what)
-        try:
-            return content.decode()
-        except UnicodeDecodeError as error:
-            raise self.fail(what, f"is not valid UTF-8 ({error.reason})") from None
-
-    def take_strings(self, count: int, what: str) -> list[str]:
-        """Many strings; as there may be a million, those that end well before the end go faster."""
-        self.check_count(count, 8, what)
-        data, position, last = self.data, self.position, self._end - 8
-        read_length = _U64.unpack_from
-        strings: list[str] = []
-        try:
-            while len(strings) < count and position <= last:
-                begin = position + 8
-                position = begin + read_length(data, position)[0]
-                if position > last:
-                    position = begin - 8
-                    break
-                strings.append(data[begin:position].decode())
-        except UnicodeDecodeError as error:
-            where = f"{what}[{len(strings)}]"
-            raise self.fail(where, f"is not valid UTF-8 ({error.reason})") from None
-        self.position = position
-        while len(strings) < count:
-            strings.append(self.take_string(f"{what}[{len(strings)}]"))
-        return strings
-
-    def check_count(self, count: int, item_bytes: int, what: str) -> None:
-        """Refuse more items than the rest of the file can hold."""
-        if count * item_bytes > self.num_left:
-            raise self.fail(what, f"claims {count:,} items{self._say_end()}")
-
-    def fail(self, what: str, fault: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {what} {fault}")
-
-    def _say_end(self) -> str:
-        if self._end < self.num_bytes:
-            return f", but a header of more than {self._end:,} bytes is no model's: a damaged file?"
-        return f", but the file has {self.num_bytes:,}; incomplete download?"
-
-
-def _read_header(cursor: _Cursor) -> GgufFile:
+def _read_header(cursor: GgufCursor) -> GgufFile:
     _, version, num_tensors, num_keys = cursor.take(_HEADER, "the header")
     for what, count, most, item_bytes in (
         ("the metadata", num_keys, _MAX_KEYS, _MIN_KEY_BYTES),
@@ -198,10 +129,11 @@ def _read_header(cursor: _Cursor) -> GgufFile:
     return GgufFile(version, metadata, tensors)
 
 
-def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
+def _read_metadata(cursor: GgufCursor, count: int) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
     for index in range(count):
         what = f"key {index} of {count}"
+        cursor.charge(_KEY_MEMORY, what)
         key = check_name(cursor.take_string(what), where=f"{cursor.path}: {what}")
         if key in metadata:
             raise cursor.fail(key, "is there twice in the metadata")
@@ -209,7 +141,7 @@ def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
     return metadata
 
 
-def _read_value(cursor: _Cursor, kind: int, key: str) -> Any:
+def _read_value(cursor: GgufCursor, kind: int, key: str) -> Any:
     if kind == _STRING:
         return cursor.take_string(key)
     if kind == _ARRAY:
@@ -224,7 +156,7 @@ def _read_value(cursor: _Cursor, kind: int, key: str) -> Any:
     return bool(value)
 
 
-def _read_array(cursor: _Cursor, key: str) -> list[str] | np.ndarray:
+def _read_array(cursor: GgufCursor, key: str) -> list[str] | np.ndarray:
     kind, count = cursor.take(_ARRAY_HEADER, key)
     if kind == _STRING:
         return cursor.take_strings(count, key)
@@ -234,6 +166,7 @@ def _read_array(cursor: _Cursor, key: str) -> list[str] | np.ndarray:
         raise cursor.fail(key, f"is an array of type {kind}, which does not exist")
     dtype = np.dtype(_ARRAY_DTYPES[kind])
     cursor.check_count(count, dtype.itemsize, key)
+    cursor.charge(count * dtype.itemsize, key)
     values = np.frombuffer(cursor.take_bytes(count * dtype.itemsize, key), dtype=dtype)
     if kind != _BOOL:
         return values
@@ -242,7 +175,7 @@ def _read_array(cursor: _Cursor, key: str) -> list[str] | np.ndarray:
     return values.view(np.bool_)
 
 
-def _check_alignment(value: Any, cursor: _Cursor) -> int:
+def _check_alignment(value: Any, cursor: GgufCursor) -> int:
     is_power = type(value) is int and value > 0 and value & (value - 1) == 0
     if not is_power or value > _MAX_ALIGNMENT:
         raise cursor.fail(
@@ -252,9 +185,10 @@ def _check_alignment(value: Any, cursor: _Cursor) -> int:
     return value
 
 
-def _read_entries(cursor: _Cursor, count: int) -> list[_TensorEntry]:
+def _read_entries(cursor: GgufCursor, count: int) -> list[_TensorEntry]:
     entries, names = [], set()
     for index in range(count):
+        cursor.charge(_TENSOR_MEMORY, f"tensor {index} of {count}")
         entry = _read_entry(cursor, f"tensor {index} of {count}")
         if entry.name in names:
             raise cursor.fail(entry.name, "is there twice in the table of tensors")
@@ -263,7 +197,7 @@ def _read_entries(cursor: _Cursor, count: int) -> list[_TensorEntry]:
     return entries
 
 
-def _read_entry(cursor: _Cursor, what: str) -> _TensorEntry:
+def _read_entry(cursor: GgufCursor, what: str) -> _TensorEntry:
     name = check_name(cursor.take_string(what), where=f"{cursor.path}: the name of {what}")
     rank = cursor.take(_U32, name)[0]
     if rank not in _DIMS:
@@ -288,7 +222,7 @@ def _read_entry(cursor: _Cursor, what: str) -> _TensorEntry:
 
 
 def _place_tensor(
-    entry: _TensorEntry, cursor: _Cursor, *, data_begin: int, alignment: int
+    entry: _TensorEntry, cursor: GgufCursor, *, data_begin: int, alignment: int
 ) -> StoredTensor:
     name, shape, packing, num_bytes, offset = entry
     if offset % alignment:

@@ -69,6 +69,14 @@ class PackedTensor(StoredTensor):
         self.read_into(values)
         return values
 
+    def read_blocks(self) -> Tensor:
+        """The blocks as they lie in the mapped file: (rows, bytes of a row), uint8."""
+        shape = (math.prod(self.shape[:-1]), -1)
+        packed = np.memmap(
+            self.path, np.uint8, mode="c", offset=self.begin, shape=(self.end - self.begin,)
+        )
+        return torch.from_numpy(packed).view(shape)
+
     def read_into(self, target: Tensor) -> None:
         """Fill `target` (contiguous, of this shape, any float), unpacking some rows at a time.
 
@@ -78,13 +86,16 @@ class PackedTensor(StoredTensor):
         kind = library.GGMLQuantizationType[self.encoding]
         assert target.shape == self.shape, (target.shape, self)
         row_size, num_rows = self.shape[-1], math.prod(self.shape[:-1])
-        shape = (num_rows, (self.end - self.begin) // num_rows)
-        packed = np.memmap(self.path, dtype=np.uint8, mode="r", offset=self.begin, shape=shape)
+        row_bytes = (self.end - self.begin) // num_rows
         values = target.view(num_rows, row_size)
         step = max(1, _MAX_STEP // row_size)
         for begin in range(0, num_rows, step):
+            # Each step maps its own rows: pages that were read stay in memory as long as their map.
+            shape = (min(step, num_rows - begin), row_bytes)
+            at = self.begin + begin * row_bytes
+            packed = np.memmap(self.path, dtype=np.uint8, mode="r", offset=at, shape=shape)
             with np.errstate(all="ignore"):  # scales that are not finite give values that are not
-                part = library.quants.dequantize(packed[begin : begin + step], kind)
+                part = library.quants.dequantize(packed, kind)
             values[begin : begin + step] = torch.from_numpy(part)
 
 

@@ -1,40 +1,37 @@
-"""JSON from a checkpoint: an object in which no key is there twice, or an error that says where."""
+"""JSON files of a checkpoint, configurations and indexes, which have to be small."""
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tramontane.checkpoint.files.untrusted import shorten
+from tramontane.bounded_json import ALLOWANCE, parse_json
+from tramontane.checkpoint.files.untrusted import require_regular
 from tramontane.errors import CheckpointError
 
-MAX_BYTES = 64 * 2**20  # of a configuration or an index; those of Mixtral 8x22B have 200 KB
+# Its bytes and what they say lie in memory at once; the index of Mixtral 8x22B has 200 KB.
+MAX_BYTES = ALLOWANCE
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in `path`. Raises CheckpointError if there is none, or too much."""
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent} has no {path.name}; incomplete download?")
-    if (size := path.stat().st_size) > MAX_BYTES:
-        raise CheckpointError(f"{path} has {size:,} bytes; more than {MAX_BYTES:,} are no JSON")
-    return parse_json(path.read_bytes(), where=str(path))
+    return parse_json(read_small_file(path), where=str(path))
 
 
-def parse_json(encoded: bytes, *, where: str) -> dict[str, Any]:
-    """A JSON object in which no key is there twice; CheckpointError says what is wrong `where`."""
+def read_small_file(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
+    """All bytes of a file. CheckpointError if it is not there, cannot be read, or is too large."""
+    check_size(path, max_bytes=max_bytes)
     try:
-        values = json.loads(encoded.decode(), object_pairs_hook=_refuse_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not valid JSON: {error}; incomplete download?") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{where} is a {type(values).__name__}, not a JSON object")
-    return values
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def _refuse_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values:
-            raise ValueError(f"{shorten(key)} is there twice")
-        values[key] = value
-    return values
+def check_size(path: Path, *, max_bytes: int) -> None:
+    """Raise CheckpointError if a file is not there, no regular one, or too large."""
+    try:
+        size = require_regular(path).st_size
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}; incomplete download?") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if size > max_bytes:
+        raise CheckpointError(f"{path} has {size:,} bytes; no model's has more than {max_bytes:,}")

@@ -13,14 +13,15 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from tramontane.checkpoint.files.json_file import parse_json
-from tramontane.checkpoint.files.stored_tensor import DTYPE_NAMES, DTYPES, StoredTensor
+from tramontane.bounded_json import ALLOWANCE, parse_json
+from tramontane.checkpoint.files.stored_tensor import DTYPE_NAMES, DTYPES, UNPACKED, StoredTensor
 from tramontane.checkpoint.files.untrusted import MAX_RANK, check_name, is_countable, shorten
 from tramontane.errors import CheckpointError
 
 _ALIGNMENT = 64  # of the first tensor: a cache line, so that mapped values suit every kernel
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_MAX_MARKS = 2**21  # of JSON's punctuation: some 160,000 tensors; beyond, memory would explode
+_MAX_PARSED_BYTES = 2**28  # of the file's size, to be taken by its header: some 100,000 tensors
+_METADATA = "__metadata__"
 
 
 class _File(NamedTuple):
@@ -39,7 +40,6 @@ def read_table(path: Path) -> dict[str, StoredTensor]:
     tensors = {
         name: _check_entry(name, entry, file=file, data_begin=data_begin)
         for name, entry in header.items()
-        if name != "__metadata__"
     }
     _check_coverage(sorted(tensors.values(), key=lambda t: (t.begin, t.end)), file, data_begin)
     return tensors
@@ -58,21 +58,29 @@ def write_tensors(
     """
     if dtype not in DTYPE_NAMES:
         raise CheckpointError(f"{path}: cannot store {dtype}; known are {sorted(DTYPES)}")
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    with path.open("wb") as handle:
+        handle.write(encode_header({name: (tuple(shape), dtype) for name, shape in shapes.items()}))
+        for name, shape in shapes.items():
+            values = build(name)
+            assert (values.shape, values.dtype) == (torch.Size(shape), dtype), name
+            _write_values(handle, values)
+
+
+def encode_header(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> bytes:
+    """The beginning of a file that holds tensors of these shapes and dtypes, one after another.
+
+    Its size is a multiple of 64 bytes: so lies each tensor if the sizes of those before it are.
+    """
+    header: dict[str, Any] = {_METADATA: {"format": "pt"}}
     offset = 0
-    for name, shape in shapes.items():
+    for name, (shape, dtype) in tensors.items():
         end = offset + math.prod(shape) * dtype.itemsize
         entry = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape)}
         header[name] = entry | {"data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-(8 + len(encoded)) % _ALIGNMENT)
-    with path.open("wb") as handle:
-        handle.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name, shape in shapes.items():
-            values = build(name)
-            assert (values.shape, values.dtype) == (torch.Size(shape), dtype), name
-            _write_values(handle, values)
+    return len(encoded).to_bytes(8, "little") + encoded
 
 
 def _write_values(handle: BinaryIO, tensor: Tensor) -> None:
@@ -91,13 +99,13 @@ def _read_header(handle: BinaryIO, file: _File) -> tuple[dict[str, Any], int]:
             f"{file.path}: the header claims {length:,} bytes, the file has {file.num_bytes:,}; "
             "incomplete download, or not a safetensors file?"
         )
-    encoded = handle.read(length)
-    if (num_marks := sum(map(encoded.count, (b"{", b"[", b":", b",")))) > _MAX_MARKS:
-        raise CheckpointError(
-            f"{file.path}: the header has {num_marks:,} punctuation marks, far more than any model "
-            f"needs ({_MAX_MARKS:,} are read): a damaged file?"
-        )
-    return parse_json(encoded, where=f"the header of {file.path}"), 8 + length
+    where = f"the header of {file.path}"
+    memory = min(file.num_bytes, _MAX_PARSED_BYTES) + ALLOWANCE
+    header = parse_json(handle.read(length), where=where, memory=memory)
+    metadata = header.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(type(v) is str for v in metadata.values()):
+        raise CheckpointError(f"{where}: {_METADATA} is no map of strings: a damaged file?")
+    return header, 8 + length
 
 
 def _check_entry(name: str, entry: Any, *, file: _File, data_begin: int) -> StoredTensor:
@@ -129,11 +137,11 @@ def _check_entry(name: str, entry: Any, *, file: _File, data_begin: int) -> Stor
 
 
 def _check_dtype(value: Any, *, where: str) -> torch.dtype:
-    if not isinstance(value, str) or value not in DTYPES:
+    if not isinstance(value, str) or value not in UNPACKED:
         raise CheckpointError(
             f"{where}: dtype {shorten(value)} is not supported; known are {sorted(DTYPES)}"
         )
-    return DTYPES[value]
+    return UNPACKED[value]
 
 
 def _check_sizes(values: Any, *, where: str, max_count: int) -> tuple[int, ...]:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from tramontane.errors import CheckpointError
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of weights
+UNPACKED = DTYPES | {"U8": torch.uint8}  # all that is read as it lies; bytes have a meaning beside
+DTYPE_NAMES = {dtype: name for name, dtype in UNPACKED.items()}
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class StoredTensor:
 
     @property
     def encoding(self) -> str:
-        """How the values are stored, by the field's own name: F32, F16, BF16, Q4_0, ..."""
+        """How the values are stored, by the field's own name: F32, F16, BF16, U8, Q4_0, ..."""
         return DTYPE_NAMES[self.dtype]
 
     @property

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from tramontane.bounded_json import ALLOWANCE
 from tramontane.checkpoint.files.stored_tensor import StoredTensor
 from tramontane.checkpoint.files.torch_pickle import REMEDY, TensorView, follow_pickle
 from tramontane.checkpoint.files.untrusted import MAX_BYTES, check_name, shorten
@@ -41,7 +42,8 @@ def read_torch_table(path: Path) -> dict[str, StoredTensor]:
         prefix = _find_prefix(members, path)
         _check_notes(handle, members, prefix=prefix, path=path)
         pickle = _read_member(handle, members[prefix + _DESCRIPTION], _MAX_PICKLE_BYTES, path)
-    state = follow_pickle(pickle, where=f"{path}: {_DESCRIPTION}")
+    memory = path.stat().st_size + ALLOWANCE
+    state = follow_pickle(pickle, where=f"{path}: {_DESCRIPTION}", memory=memory)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a state dict; {REMEDY}")
     return {

@@ -20,6 +20,7 @@ REMEDY = (
     "convert them to safetensors on a machine that you can lose"
 )
 _MAX_OPCODES = 2**20  # 32 a tensor: some 32,000 tensors
+_BYTES_PER_OPCODE = 192  # of memory; to remember a value and to build a storage cost most
 _MAX_STACK = 10_000  # torch.save sets a dict's entries in batches of 1,000
 _MAX_LINE = 256
 _PROTOCOLS = (2, 3, 4, 5)
@@ -67,12 +68,13 @@ _NAMES = {
 }
 
 
-def follow_pickle(data: bytes, *, where: str) -> Any:
+def follow_pickle(data: bytes, *, where: str, memory: int) -> Any:
     """What the pickle describes: dicts, tuples, strings, numbers, None, and `TensorView`s.
 
-    Raises CheckpointError, beginning with `where`, on all that a plain state dict does not need.
+    Raises CheckpointError, beginning with `where`, on all that a plain state dict does not need,
+    and on what could take more than `memory` bytes.
     """
-    machine = _Machine(data, where)
+    machine = _Machine(data, where, memory - len(data))
     machine.run()
     return machine.stack[0]
 
@@ -80,8 +82,9 @@ def follow_pickle(data: bytes, *, where: str) -> Any:
 class _Machine:
     """The stack machine. Marks are kept apart, so that no opcode can take one for a value."""
 
-    def __init__(self, data: bytes, where: str) -> None:
+    def __init__(self, data: bytes, where: str, memory: int) -> None:
         self.data, self.where = data, where
+        self.memory, self.charged = memory, 0  # bytes that may be taken, and are at most
         self.position = self.start = 0  # the next byte, and where the present opcode began
         self.stack: list[Any] = []
         self.marks: list[int] = []  # heights of the stack
@@ -102,6 +105,7 @@ class _Machine:
             act = _ACTIONS.get(opcode)
             if act is None:
                 self.fail(f"opcode {opcode:#04x} ({_REFUSED.get(opcode, 'unknown')}) is refused")
+            self.charge(_BYTES_PER_OPCODE)
             act(self)
             if len(stack) > _MAX_STACK or len(self.marks) > _MAX_STACK:
                 self.fail(f"more than {_MAX_STACK:,} values wait on the stack")
@@ -110,6 +114,12 @@ class _Machine:
     def fail(self, fault: str) -> NoReturn:
         """Raise CheckpointError, saying where."""
         raise CheckpointError(f"{self.where}, byte {self.start:,}: {fault}; {REMEDY}")
+
+    def charge(self, num_bytes: int) -> None:
+        """Count memory before it is taken."""
+        self.charged += num_bytes
+        if self.charged > self.memory:
+            self.fail(f"more than {self.memory:,} bytes of memory could be taken, beyond any model")
 
     def _check_end(self) -> None:
         if len(self.stack) != 1 or self.marks or self.position != len(self.data):
@@ -168,6 +178,7 @@ class _Machine:
 
     def take_text(self, num_bytes: int) -> str:
         """The next bytes as UTF-8."""
+        self.charge(5 * min(num_bytes, len(self.data)))  # bytes, and characters of up to four
         try:
             return self.take(num_bytes).decode()
         except UnicodeDecodeError as error:

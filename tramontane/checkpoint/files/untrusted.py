@@ -1,7 +1,10 @@
 """Words of a file that nobody vouches for, made fit for a message: short, printable, harmless."""
 
 import math
+import os
+import stat
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tramontane.errors import CheckpointError
@@ -24,6 +27,18 @@ def shorten(value: Any) -> str:
 def is_countable(sizes: Sequence[int]) -> bool:
     """Whether sizes, and what they span with zeros left out (torch multiplies so), have a limit."""
     return math.prod(max(1, size) for size in sizes) <= MAX_BYTES
+
+
+def require_regular(path: Path) -> os.stat_result:
+    """What the system says of a file. CheckpointError if it is none: a pipe could wait for ever.
+
+    Raises OSError, naming the path, if there is nothing.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, a socket or a device"
+        raise CheckpointError(f"{path} is {kind}; a regular file belongs there")
+    return status
 
 
 def check_name(name: str, *, where: str) -> str:

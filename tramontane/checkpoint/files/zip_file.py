@@ -10,11 +10,13 @@ from pathlib import Path
 from struct import Struct
 from typing import Any, BinaryIO, NamedTuple
 
+from tramontane.bounded_json import ALLOWANCE
 from tramontane.checkpoint.files.untrusted import check_name
 from tramontane.errors import CheckpointError
 
 _MAX_MEMBERS = 2**17
 _MAX_DIRECTORY_BYTES = 2**26
+_MEMBER_MEMORY = 640  # bytes that an entry of the directory takes, beside its name
 # Signature, 4 numbers of disks and counts, size and offset of the directory, length of a comment.
 _END = Struct("<4s4HIIH")
 # Signature, disk, offset of the zip64 end, number of disks.
@@ -114,6 +116,11 @@ def _read_directory(archive: _Archive) -> tuple[bytes, int, int]:
         raise CheckpointError(
             f"{path}: {count:,} members in a directory of {size:,} bytes; at most "
             f"{_MAX_MEMBERS:,} in {_MAX_DIRECTORY_BYTES:,} are read, of {_ENTRY.size} or more each"
+        )
+    if count * _MEMBER_MEMORY + 4 * size > archive.num_bytes + ALLOWANCE:
+        raise CheckpointError(
+            f"{path}: {count:,} members in a file of {archive.num_bytes:,} bytes, far more than a "
+            "model has: a damaged file?"
         )
     return archive.read(begin, size), begin, count
 
