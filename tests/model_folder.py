@@ -1,12 +1,14 @@
 """A model folder at toy size: random weights and a tokenizer with one token for each byte."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.tiny import make_config, make_model
-from tramontane.checkpoint.writer import save_model
+from tramontane.checkpoint.parameters import ParametersInMemory
+from tramontane.checkpoint.writer import save_model, write_mistral
 from tramontane.tokenizer.tokenizer import Tokenizer
 from tramontane.tokenizer.trainer import train_tokenizer
 
@@ -23,4 +25,13 @@ def save_tiny_model(folder: Path, *, generation_config: str | None = None, **cha
     model = make_model(make_config(vocab_size=VOCAB_SIZE, **changes))
     extra = {} if generation_config is None else {"generation_config.json": generation_config}
     save_model(model, folder, tokenizer=make_tokenizer(), dtype=torch.float32, extra_files=extra)
+    return folder
+
+
+def save_mistral_model(folder: Path, vocabulary: Path, name: str) -> Path:
+    """Save a fp32 model as Mistral publishes one, with a copy of `vocabulary` under `name`."""
+    config = make_config(vocab_size=32768, dim=32, n_heads=2, n_kv_heads=1, hidden_dim=32)
+    parameters = ParametersInMemory(make_model(config).state_dict())
+    write_mistral(parameters, config, folder, dtype=torch.float32)
+    shutil.copy(vocabulary, folder / name)
     return folder

@@ -18,12 +18,13 @@ MODULES = [path for path in CODE if path.is_relative_to(PACKAGE)]
 ALLOWED = {
     "errors": set(),
     "atomic": set(),
+    "bounded_json": set(),
     "config": set(),
     "kernels": set(),
     "tokenizer": set(),
     "nn": {"kernels", "config"},
     "models": {"nn", "config"},
-    "checkpoint": {"models", "config", "quant.formats", "atomic"},
+    "checkpoint": {"models", "config", "quant.formats", "atomic", "bounded_json"},
     "quant": {"nn", "kernels", "config"},
     "adapters": {"nn", "kernels", "config"},
     "offload": {"nn", "kernels", "config"},
@@ -33,13 +34,14 @@ ALLOWED = {
     "train": {"models", "nn", "kernels", "checkpoint", "adapters", "data", "tokenizer", "config",
               "atomic"},
     "eval": {"engine", "models", "checkpoint", "data", "tokenizer", "config"},
-    "hub": {"config", "atomic"},
+    "hub": {"config", "atomic", "bounded_json"},
     "server": {"engine.sequence", "tokenizer"},
     "cli": {"*"},
 }  # fmt: skip
 # Modules and packages that run without torch, and where an import inside a function may stand.
-TORCH_FREE = ("errors", "atomic", "config", "tokenizer", "hub", "server", "engine.sequence",
-              "engine.block_manager", "engine.scheduler", "engine.sampling_params")  # fmt: skip
+TORCH_FREE = ("errors", "atomic", "bounded_json", "config", "tokenizer", "hub", "server",
+              "engine.sequence", "engine.block_manager", "engine.scheduler",
+              "engine.sampling_params")  # fmt: skip
 MAY_IMPORT_LATE = ("tramontane/cli/", "tramontane/kernels/dispatch.py",
                    "tramontane/checkpoint/files/gguf_values.py")  # fmt: skip
 MAX_LINES = 600

@@ -4,6 +4,7 @@ Fields are those of Mistral's `params.json`; `from_hf` and `to_hf` translate `co
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -145,8 +146,14 @@ class ModelConfig:
             fixed["n_kv_heads"] = fixed.get("n_heads")
         return build_config(cls, {**fixed, "rope_theta": theta, "moe": moe}, where="config.json")
 
-    def to_hf(self, *, dtype: str = "bfloat16") -> dict[str, Any]:
-        """The `config.json` that transformers (4 and 5) reads; `dtype` is that of the weights."""
+    def to_hf(
+        self, *, dtype: str = "bfloat16", token_ids: Mapping[str, int | list[int]] = {}
+    ) -> dict[str, Any]:
+        """The `config.json` that transformers (4 and 5) reads; `dtype` is that of the weights.
+
+        `token_ids` are the vocabulary's bos_token_id and eos_token_id; what it leaves out is as
+        transformers assumes it, Mistral's 1 and 2.
+        """
         values: dict[str, Any] = {theirs: getattr(self, ours) for theirs, ours in _HF_NAMES.items()}
         values |= {
             "architectures": ["MixtralForCausalLM" if self.moe else "MistralForCausalLM"],
@@ -160,6 +167,7 @@ class ModelConfig:
             "use_cache": True,
             "bos_token_id": 1,
             "eos_token_id": 2,
+            **token_ids,
         }
         if self.moe is not None:
             values["num_local_experts"] = self.moe.num_experts

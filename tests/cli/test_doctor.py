@@ -23,7 +23,7 @@ def test_json_has_the_same_facts(capsys):
     assert report["packages"]["torch"]
     assert report["cpu"]["usable_cores"] >= 1
     assert report["torch"]["threads"] >= 1
-    assert report["torch"]["kernels"] in ("fused", "reference")
+    assert report["torch"]["kernels"] in ("native", "fused", "reference")
     assert report["advice"]
 
 

@@ -3,6 +3,7 @@
 import os
 import pty
 import select
+import shutil
 import subprocess
 import sys
 
@@ -175,3 +176,27 @@ def test_control_characters_of_the_model_do_not_reach_the_terminal(open_terminal
     assert b"[e" in seen
     controls = {chr(code) for code in [*range(32), 127] if chr(code) not in "\t\r\n"}
     assert not controls & set(seen.decode("utf-8"))
+
+
+def test_a_conversation(open_terminal, folder, tmp_path):
+    """Each prompt holds what was said before, until /new."""
+    model = shutil.copytree(folder, tmp_path / "chat")
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}|{% endfor %}"
+    )
+    terminal = open_terminal(
+        str(model), "--chat", "--max-tokens", "5", "--temperature", "0", "--stats"
+    )
+    terminal.wait_for(b"Type a message. /help lists the commands")
+    counts = []
+    for line in (b"Hello\n", b"Hello\n", b"/new\n", b"Hello\n"):
+        terminal.wait_for(b"> ")
+        terminal.type(line)
+        if not line.startswith(b"/"):
+            terminal.wait_for(b"prompt       ")
+            counts.append(int(terminal.wait_for(b" tokens")))
+    terminal.wait_for(b"> ")
+    assert counts[0] == counts[2] == len("Hello|")
+    assert counts[1] > 2 * counts[0]
+    terminal.type(CTRL_D)
+    assert terminal.wait_for_exit()[0] == 0

@@ -9,6 +9,7 @@ from tests.model_folder import save_tiny_model
 from tramontane import LLM, SamplingParams
 from tramontane.cli.line_history import keep_history
 from tramontane.cli.main import run_command
+from tramontane.cli.run import _split_arguments
 from tramontane.engine import bundled
 
 GREEDY = ["--temperature", "0", "--max-tokens", "12"]
@@ -185,3 +186,9 @@ def test_program_reads_a_pipe(folder, answer):
     )
     assert result.stdout.decode("utf-8").startswith(answer)
     assert result.stderr == b""
+
+
+def test_a_prompt_too_long_for_a_name_is_a_prompt() -> None:
+    """The system refuses to look for a file of more than 255 characters."""
+    prompt = "once upon a time " * 40
+    assert _split_arguments(prompt, None) == (None, prompt)

@@ -1,12 +1,15 @@
-"""`tramontane show` and `tramontane estimate`."""
+"""`tramontane show`, and what `estimate` takes as it does."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 
-from tests.checkpoint.layouts import LAYOUTS
+from tests.checkpoint.layouts import LAYOUTS, save_hf, save_hf_sharded, save_mistral
 from tests.model_folder import save_tiny_model
 from tests.tiny import make_config, make_model
 from tramontane.checkpoint.assembly import Assembly
@@ -89,26 +92,125 @@ def test_a_listing_of_something_else(tmp_path: Path, content: str, capsys: Captu
     assert "tramontane: error: " in capsys.readouterr().err
 
 
-def test_estimate(capsys: Captured) -> None:
-    assert run_command(["estimate", "mixtral-8x7b", "--ram", "200", "--json"]) == 0
+@pytest.mark.parametrize("verb", ["show", "estimate"])
+def test_a_path_wins_over_a_preset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, capsys: Captured
+) -> None:
+    """As for `run`: the folder is what the user made."""
+    save_tiny_model(tmp_path / "mixtral-8x7b")
+    monkeypatch.chdir(tmp_path)
+    assert run_command([verb, "mixtral-8x7b", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
-    assert values["weights"] == 2 * 46_702_792_704
-    assert values["kv_cache"] == 4 * 2**30
-    assert values["total"] == values["weights"] + values["kv_cache"] + values["scratch"]
-    assert values["fits"]
-    assert values["longest_context_that_fits"] == 32768
+    size = {"show": values.get("weight_bytes"), "estimate": values.get("weights")}[verb]
+    assert size == 4 * make_config(vocab_size=259).count_parameters().total
 
 
-def test_estimate_says_what_would_fit(capsys: Captured) -> None:
-    base = ["estimate", "mixtral-8x7b", "--quant", "int4", "--ram"]
-    assert run_command([*base, "28"]) == 0
-    assert "it does not fit; with --context " in capsys.readouterr().out
-    assert run_command([*base, "8"]) == 0
-    assert "this takes a larger machine" in capsys.readouterr().out
-    assert run_command(["estimate", "mixtral-8x7b", "--ram", "8"]) == 0
-    assert "try --quant int8 or int4" in capsys.readouterr().out
+def test_the_index_that_is_named_chooses_among_two(tmp_path: Path, capsys: Captured) -> None:
+    """What the message about two checkpoints in a folder says to do."""
+    folder = save_hf_sharded(make_model(), tmp_path / "m")
+    save_hf(make_model(), tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").rename(folder / "model.safetensors")
+    assert run_command(["show", str(folder)]) == 1
+    assert "2 checkpoints (model.safetensors.index.json, model.safetensors)" in (
+        capsys.readouterr().err
+    )
+    for name in ("model.safetensors.index.json", "model.safetensors"):
+        for verb in ("show", "estimate"):
+            assert run_command([verb, str(folder / name)]) == 0, (verb, name)
+    capsys.readouterr()
+    values = show(folder / "model.safetensors.index.json", capsys)
+    assert "files, model-00001-of-" in values["found"]["weights"]
 
 
-def test_estimate_of_a_context_that_the_model_lacks(capsys: Captured) -> None:
-    assert run_command(["estimate", "mistral-7b", "--context", "99999", "--ram", "9"]) == 1
-    assert "the model has 1 to 32,768" in capsys.readouterr().err
+@pytest.mark.parametrize("save", [save_hf, save_mistral])
+def test_a_configuration_alone(tmp_path: Path, save: Any, capsys: Captured) -> None:
+    """In a folder, or named itself under whatever name."""
+    folder = save(make_model(), tmp_path / "m")
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    (file,) = (f for f in folder.iterdir() if f.name in ("config.json", "params.json"))
+    shutil.copy(file, tmp_path / "renamed.json")
+    for path in (folder, file, tmp_path / "renamed.json"):
+        values = show(path, capsys)
+        assert values["layout"] == "a configuration, no weights"
+        assert values["parameters"] == make_config().count_parameters().total
+        assert run_command(["estimate", str(path), "--json"]) == 0
+        capsys.readouterr()
+        if path == file:
+            assert values["found"] == {"configuration": file.name}
+            assert values["dtype"] == ("float32" if save is save_hf else "bfloat16")
+
+
+def test_a_folder_with_neither_weights_nor_configuration(tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    assert run_command(["show", str(tmp_path)]) == 1
+    assert "has no weights: looked for safetensors" in capsys.readouterr().err
+
+
+def test_what_a_listing_lacks_is_said(tmp_path: Path, capsys: Captured) -> None:
+    shapes = Assembly(TORRENT, make_config(), ParametersInMemory({})).list_shapes()
+    lines = [f"{name} torch.Size({list(shape)})" for name, shape in shapes.items()]
+    (tmp_path / "l").write_text("\n".join(lines[:-1]))
+    assert run_command(["show", str(tmp_path / "l")]) == 1
+    captured = capsys.readouterr()
+    assert f"error: 1 missing tensors: {list(shapes)[-1]}" in captured.err
+    assert "n_layers             2" in captured.out
+
+
+def test_weights_without_configuration_and_a_router_without_shape(
+    tmp_path: Path, capsys: Captured
+) -> None:
+    folder = save_mistral(make_model(), tmp_path / "m")
+    (folder / "params.json").unlink()
+    tensors = safetensors.torch.load((folder / "consolidated.safetensors").read_bytes())
+    tensors["layers.0.feed_forward.gate.weight"] = torch.tensor(1.0)
+    safetensors.torch.save_file(tensors, folder / "consolidated.safetensors")
+    assert run_command(["show", str(folder)]) == 1
+    assert "gate.weight has shape []; 2 dimensions belong there" in capsys.readouterr().err
+
+
+def test_a_window_that_is_likely_wrong_is_shown(tmp_path: Path, capsys: Captured) -> None:
+    folder = save_tiny_model(tmp_path / "m", sliding_window=16)
+    assert run_command(["show", str(folder)]) == 0
+    assert "doubtful" in (out := capsys.readouterr().out)
+    assert "sliding_window is 16" in out
+
+
+@pytest.mark.parametrize("verb", ["show", "estimate"])
+@pytest.mark.parametrize("name", ["x" * 300, "a/" + "b" * 300, "mixtral-8x8b", "no/such/path"])
+def test_names_of_nothing_end_in_one_line(verb: str, name: str, capsys: Captured) -> None:
+    assert run_command([verb, name]) == 1
+    assert capsys.readouterr().err.startswith("tramontane: error: ")
+
+
+@pytest.mark.parametrize("verb", ["show", "estimate"])
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("m/config.json", "open"),
+        ("m/config.json", "stat"),
+        ("m/config.json", "iterdir"),
+        ("l.txt", "open"),
+        ("l.txt", "stat"),
+    ],
+)
+def test_what_may_not_be_read_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, name: str, refused: str,
+    capsys: Captured,
+) -> None:  # fmt: skip
+    """Root may read everything, so a system that refuses is played."""
+    save_tiny_model(tmp_path / "m")
+    (tmp_path / "l.txt").write_text("norm.weight [64]")
+    path = tmp_path / name
+    real = getattr(Path, refused)
+
+    def refuse(self: Path, *args: Any, **kwargs: Any) -> Any:
+        if self in (path, path.parent):
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, refused, refuse)
+    assert run_command([verb, str(path.parent if name.startswith("m") else path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("tramontane: error: ")
+    assert "Permission denied" in error

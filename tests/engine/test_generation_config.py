@@ -9,12 +9,13 @@ from tramontane.errors import ConfigError
 
 def load(folder, values):
     content = values if isinstance(values, str) else json.dumps(values)
-    (folder / "generation_config.json").write_text(content)
-    return load_generation_config(folder, eos_id=2)
+    path = folder / "generation_config.json"
+    path.write_text(content)
+    return load_generation_config(path, eos_ids=frozenset({2}))
 
 
-def test_no_file_means_our_defaults(tmp_path):
-    config = load_generation_config(tmp_path, eos_id=2)
+def test_no_file_means_our_defaults():
+    config = load_generation_config(None, eos_ids=frozenset({2}))
     assert config.params == SamplingParams()
     assert config.overrides == {}
     assert config.eos_ids == {2}
@@ -45,6 +46,7 @@ def test_several_eos_ids(tmp_path):
         {"top_p": "much"},
         {"eos_token_id": "2"},
         {"eos_token_id": [-1]},
+        {"bos_token_id": True},
     ],
 )
 def test_errors_name_the_file(tmp_path, values):

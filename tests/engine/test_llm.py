@@ -159,6 +159,22 @@ def test_without_a_folder_the_bundled_model_runs(folder, monkeypatch):
     assert LLM().origin == str(folder)
 
 
+def test_a_conversation_is_answered_in_the_models_format(tmp_path, llm):
+    folder = save_tiny_model(tmp_path / "m")
+    with pytest.raises(TokenizerError, match=r"m has no chat format: looked for chat_template"):
+        LLM(folder, use_chat=True)
+    with pytest.raises(TokenizerError, match="a model in memory has no chat format"):
+        _ = LLM.from_parts(llm.model, llm.tokenizer).chat_format
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[-1].content }}")
+    chat = LLM(folder, use_chat=True)
+    stream = chat.stream_chat([{"role": "user", "content": "Hello"}], GREEDY, collect_routing=True)
+    assert "".join(piece.text for piece in stream) == stream.completion.text
+    assert stream.completion.token_ids == llm.generate("Hello", GREEDY).token_ids
+    assert stream.completion.selected_experts is not None
+    with pytest.raises(RequestError, match="there are no messages"):
+        chat.stream_chat([], GREEDY)
+
+
 def test_a_model_in_training_can_be_asked_between_steps(llm):
     model = make_model(make_config(vocab_size=VOCAB_SIZE))
     tokens = torch.arange(5)

@@ -22,7 +22,7 @@ from tramontane.engine.bundled import BUNDLED_MODEL, is_bundled_model_there
 _PACKAGES = "torch numpy safetensors tokenizers cyclopts rich transformers".split()
 _VARIABLES = (
     "OMP_NUM_THREADS OMP_PROC_BIND MKL_NUM_THREADS ONEDNN_MAX_CPU_ISA CUDA_VISIBLE_DEVICES "
-    "TRAMONTANE_KERNELS"
+    "TRAMONTANE_KERNELS TRAMONTANE_ISA"
 ).split()
 _Report = dict[str, Any]
 
@@ -94,6 +94,7 @@ def _find_version(package: str) -> str | None:
 def _describe_torch() -> _Report:
     import torch
 
+    from tramontane.kernels import native
     from tramontane.kernels.dispatch import get_kernels
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -102,6 +103,7 @@ def _describe_torch() -> _Report:
         "vector_level": torch.backends.cpu.get_cpu_capability(),
         "gpus": gpus,
         "kernels": get_kernels().__name__.rpartition(".")[2],
+        "native": native.get_instruction_set() if native.is_available() else None,
     }
 
 
@@ -130,6 +132,11 @@ def _advise(report: _Report) -> list[str]:
             f"torch uses {torch_facts['threads']} threads on {cores} cores; set OMP_NUM_THREADS="
             f"{cores} to use each core once"
         )
+    if torch_facts["native"] is None:
+        advice.append(
+            "the native kernels have not been built, so everything runs through torch, several "
+            "times slower; install a C++ compiler (Debian: g++), then: pip install --no-deps -e ."
+        )
     if torch_facts["gpus"]:
         advice.append('GPUs are used through Python: LLM(device="cuda")')
     if not report["bundled_model"]["is_there"]:
@@ -143,7 +150,8 @@ def _format_torch(facts: _Report | None) -> list[str]:
     return [
         f"torch         {facts['threads']} threads, CPU kernels for {facts['vector_level']}, "
         f"GPUs: {', '.join(facts['gpus']) or 'none'}",
-        f"kernels       {facts['kernels']} (TRAMONTANE_KERNELS chooses others)",
+        f"kernels       {facts['kernels']} (TRAMONTANE_KERNELS chooses others); "
+        f"native: {facts['native'] or 'not built'}",
     ]
 
 

@@ -1,37 +1,46 @@
 """`tramontane estimate`: how much memory a model takes, before it is there."""
 
 import json
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from tramontane.errors import RequestError
+from tramontane.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from tramontane.config import ModelConfig
+
+Quant = Literal["none", "int8", "int4"]
+_QUANTS: tuple[Quant, ...] = ("none", "int8", "int4")  # from large to small
+_KINDS = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
 
 
 def estimate(
     model: str,
     /,
     *,
-    quant: Literal["none", "int8", "int4"] = "none",
+    quant: Quant = "none",
     context: int | None = None,
     batch: int = 1,
     ram: float | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> None:
-    """Estimate the memory that a model takes, from its configuration alone.
+    """Estimate the memory that a model takes, from its configuration and headers alone.
 
-    Nothing is loaded; of a model on the hub, the configuration alone is fetched.
+    Nothing is loaded; of a model on the hub that has not been pulled, the configuration alone is
+    fetched (HF_TOKEN opens gated ones). Weights and cache are counted in the type that the model
+    loads as. Example: tramontane estimate mixtral-8x7b --quant int4 --context 8192 --ram 32
 
     Parameters
     ----------
     model
-        A preset such as mixtral-8x7b, a folder or file, or an id of the Hugging Face hub.
+        A preset such as mixtral-8x7b, a folder, file or configuration, or an id of the Hugging
+        Face hub; org/name:Q4_0 is a GGUF file that has been pulled.
     quant
-        Weights packed in 8 or 4 bits in groups of 32; router, norms, embeddings and head are not.
+        Experts and attention in 8 or 4 bits, with a scale for each 32: 8.5 or 4.5 bits per weight.
+        Router, norms, embeddings and head stay as they are.
     context
         Tokens of a sequence, prompt and answer together; by default the longest.
     batch
@@ -42,12 +51,21 @@ def estimate(
         Print JSON instead of a table.
     """
     from tramontane.cli.machine import read_memory
-    from tramontane.engine.estimate import estimate_memory, find_longest_context
+    from tramontane.cli.model_summary import find_summary
+    from tramontane.engine.estimate import estimate_memory
 
-    config = _read_config(model)
-    parts = estimate_memory(config, quant=quant, context=context, batch=batch)
-    available = round(ram * 2**30) if ram is not None else _count_free(read_memory())
-    longest = find_longest_context(config, quant=quant, batch=batch, available=available)
+    summary = find_summary(model)
+    if summary.is_quantized and quant != "none":
+        raise RequestError(f"{model} is quantised already; leave --quant out")
+    available = _parse_ram(ram) if ram is not None else _count_free(read_memory())
+    config, size = summary.config, summary.dtype.itemsize
+    parts = estimate_memory(config, quant=quant, bytes_per_value=size, context=context, batch=batch)
+    extra = 0
+    if quant == "none" and summary.weight_bytes is not None:  # packed weights, if some are
+        extra = summary.weight_bytes - parts.weights
+        parts = replace(parts, weights=summary.weight_bytes)
+    search = _Search(config=config, bytes_per_value=size, batch=batch, available=available)
+    longest = search.find_longest(quant, extra=extra)
     values = {
         "weights": parts.weights, "kv_cache": parts.kv_cache, "scratch": parts.scratch,
         "total": parts.total, "available": available,
@@ -55,28 +73,51 @@ def estimate(
     fits = parts.total <= available
     verdict = {"fits": fits, "longest_context_that_fits": longest}
     if as_json:
-        print(json.dumps({"model": model, "quant": quant, **values, **verdict}, indent=2))
+        dtype = str(summary.dtype).removeprefix("torch.")
+        kinds = {"model": model, "quant": quant, "dtype": dtype}
+        print(json.dumps({**kinds, **values, **verdict}, indent=2))
         return
-    kind = "bf16" if quant == "none" else quant
-    print(f"{model} in {kind}, {batch} x {context or config.max_seq_len:,} tokens")
-    for name, size in values.items():
-        print(f"{name:<10} {size:>18,} bytes {size / 2**30:>9.2f} GiB")
-    print(_explain(fits=fits, longest=longest, quant=quant))
+    wanted = context or config.max_seq_len
+    kind = _KINDS[str(summary.dtype)] if quant == "none" else quant
+    print(f"{model} in {'packed weights' if extra else kind}, {batch} x {wanted:,} tokens")
+    for name, num_bytes in values.items():
+        print(f"{name:<10} {num_bytes:>18,} bytes {num_bytes / 2**30:>9.2f} GiB")
+    if fits:
+        print(f"it fits; with up to {longest:,} tokens")
+    else:
+        smaller = () if summary.is_quantized else _QUANTS[_QUANTS.index(quant) + 1 :]
+        print(f"it does not fit; {_find_remedy(search, smaller, longest=longest, wanted=wanted)}")
 
 
-def _read_config(model: str) -> "ModelConfig":
-    """That of a preset, of what lies at a path or in the cache, or of the hub."""
-    from tramontane.checkpoint.summary import read_config_alone, summarize
-    from tramontane.config import PRESETS
-    from tramontane.hub.cache import find_snapshots, split_model_id
-    from tramontane.hub.pull import fetch_config
+@dataclass(frozen=True, kw_only=True)
+class _Search:
+    """Looks for the longest context that fits."""
 
-    split = split_model_id(model)
-    if model in PRESETS or split is None or Path(model).exists():
-        return summarize(model).config
-    if snapshots := find_snapshots(split[0]):
-        return read_config_alone(snapshots[0])
-    return read_config_alone(fetch_config(split[0]))
+    config: "ModelConfig"
+    bytes_per_value: int
+    batch: int
+    available: int
+
+    def find_longest(self, quant: Quant, *, extra: int = 0) -> int:
+        """Tokens; `extra` bytes are taken beside. 0 where nothing fits or rows fit no groups."""
+        from tramontane.engine.estimate import find_longest_context
+
+        try:
+            return find_longest_context(
+                self.config,
+                quant=quant,
+                bytes_per_value=self.bytes_per_value,
+                batch=self.batch,
+                available=self.available - extra,
+            )
+        except ConfigError:
+            return 0
+
+
+def _parse_ram(gibibytes: float) -> int:
+    if not 0 < gibibytes < 2**40:
+        raise RequestError(f"--ram is {gibibytes}; it must be a number of GiB above zero")
+    return round(gibibytes * 2**30)
 
 
 def _count_free(memory: dict[str, int | None]) -> int:
@@ -87,11 +128,12 @@ def _count_free(memory: dict[str, int | None]) -> int:
     return min(free, memory["limit_bytes"] or free)
 
 
-def _explain(*, fits: bool, longest: int, quant: str) -> str:
-    """What follows from the figures."""
-    if fits:
-        return f"it fits; with up to {longest:,} tokens"
+def _find_remedy(search: _Search, smaller: Sequence[Quant], *, longest: int, wanted: int) -> str:
+    """What would make it fit: a shorter context, or fewer bits; nothing that would not."""
     if longest:
-        return f"it does not fit; with --context {longest} it does"
-    smaller = {"none": "try --quant int8 or int4", "int8": "try --quant int4"}
-    return f"it does not fit; {smaller.get(quant, 'this takes a larger machine')}"
+        return f"with --context {longest} it does"
+    for quant in smaller:
+        if tokens := search.find_longest(quant):
+            shorter = f" --context {tokens}" if tokens < wanted else ""
+            return f"with --quant {quant}{shorter} it does"
+    return "this takes a larger machine"

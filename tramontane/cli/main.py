@@ -13,7 +13,7 @@ from cyclopts import App, CycloptsError
 from tramontane import __version__
 from tramontane.errors import TramontaneError
 
-# The text of `--help` stands here, because reading it from the verbs would import torch.
+# What `tramontane --help` lists stands here: reading it from all verbs would import torch.
 _VERBS = {
     "run": "Generate text from a prompt, from standard input, or in an interactive session.",
     "train": "Train a model on text.",
@@ -21,6 +21,7 @@ _VERBS = {
     "show": "Print what a model is, without reading its weights.",
     "estimate": "Estimate the memory that a model takes, before it is there.",
     "convert": "Write a model in another layout: Hugging Face, Mistral, or GGUF.",
+    "quantize": "Write a model with weights of 4 or 8 bits, to be run.",
     "pull": "Fetch a model from the Hugging Face hub.",
     "list": "List the models on this machine.",
     "rm": "Remove a model from the hub's cache.",
@@ -31,8 +32,11 @@ _PLACES = {"list": "list_models:list_models"}  # where a verb's name is not its 
 _TOKENIZER_VERBS = {"train": "Train a byte-level BPE tokenizer on text."}
 
 
-def build_app() -> App:
-    """The tree of verbs; nothing of a verb is imported before it is called."""
+def build_app(called: Sequence[str] = ()) -> App:
+    """The tree of verbs; nothing of a verb is imported before it is called.
+
+    The verb that `called`, a command line, begins with has the help of its docstring.
+    """
     app = App(
         name="tramontane",
         help="Train, run and look inside Mixtral models.",
@@ -41,10 +45,12 @@ def build_app() -> App:
     )
     for verb, summary in _VERBS.items():
         place = _PLACES.get(verb, f"{verb}:{verb}")
-        app.command(f"tramontane.cli.{place}", name=verb, help=summary)
+        shown = None if verb in called[:1] else summary
+        app.command(f"tramontane.cli.{place}", name=verb, help=shown)
     tokenizer = App(name="tokenizer", help="Make tokenizers.")
     for verb, summary in _TOKENIZER_VERBS.items():
-        tokenizer.command(f"tramontane.cli.tokenizer:{verb}", name=verb, help=summary)
+        shown = None if verb in called[1:2] else summary
+        tokenizer.command(f"tramontane.cli.tokenizer:{verb}", name=verb, help=shown)
     app.command(tokenizer)
     return app
 
@@ -52,7 +58,7 @@ def build_app() -> App:
 def run_command(arguments: Sequence[str]) -> int:
     """Run one command line without the program's name, and return its exit code."""
     try:
-        build_app()(list(arguments), exit_on_error=False, result_action="return_value")
+        build_app(arguments)(list(arguments), exit_on_error=False, result_action="return_value")
     except CycloptsError:
         return 2  # cyclopts has printed what is wrong
     except TramontaneError as error:
@@ -63,7 +69,17 @@ def run_command(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         _discard_output()
         return 141
+    except OSError as error:
+        print(f"tramontane: error: {_describe(error)}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _describe(error: OSError) -> str:
+    """The file, and what the system says of it."""
+    if error.filename is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}; check the name, and who may read and write there"
 
 
 def _discard_output() -> None:

@@ -57,10 +57,27 @@ def pull(
     say(f"{name}: {len(choice.weights)} {choice.format} weight files, {size} in all")
     say(f"to fetch: {format_bytes(missing)}" if missing else "already there")
     with show_byte_bar(name) as on_bytes:
-        path = run_pull(plan, on_bytes=on_bytes)
+        path = run_pull(plan, on_bytes=on_bytes, check_config=_check_config)
     print(f"{name} ({choice.format}, {size}, commit {plan.commit[:12]}) is in\n  {path}")
     print(f"check it: tramontane verify {_name(model, path)}")
     print(f"run it:   tramontane run {_name(model, path)}")
+
+
+def _check_config(path: Path) -> None:
+    """Raise ConfigError or CheckpointError if a model with this configuration could not be used."""
+    from tramontane.checkpoint.files.json_file import read_json
+    from tramontane.config import ModelConfig
+    from tramontane.errors import ConfigError
+
+    if path.name == "config.json":
+        try:
+            ModelConfig.from_hf(read_json(path))
+            return
+        except ConfigError:
+            pass  # one of our quantised models, perhaps; what knows all of them imports torch
+    from tramontane.checkpoint.summary import summarize
+
+    summarize(str(path))
 
 
 def _name(model: str, path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The interactive session: each line is a prompt that the model continues, or a /command."""
+"""The interactive session: each line is a prompt, a message of a conversation, or a /command."""
 
 import sys
 from collections.abc import Callable
@@ -14,10 +14,14 @@ from tramontane.engine.sampling_params import SamplingParams
 from tramontane.errors import RequestError, TramontaneError
 
 if TYPE_CHECKING:
-    from tramontane.engine.llm import LLM
+    from tramontane.engine.llm import LLM, TextStream
 
 HELP = """\
-Type the beginning of a text; the model continues it. Each line stands alone.
+Type the beginning of a text; the model continues it. Each line stands alone."""
+CHAT_HELP = """\
+Type a message; the model answers, and remembers the conversation.
+/new                  forget it and begin anew"""
+COMMANDS = """\
 /set                  show the settings
 /set temperature 0.7  change one; "none" empties seed and stop
 /stats                speed, memory and experts of the last answer
@@ -33,23 +37,29 @@ class Repl:
         llm: "LLM",
         params: SamplingParams,
         *,
+        use_chat: bool = False,
         painter: ExpertPainter | None = None,
         show_stats: bool = False,
     ) -> None:
-        self._llm, self._params = llm, params
+        self._llm, self._params, self._use_chat = llm, params, use_chat
         self._painter, self._show_stats = painter, show_stats
+        self._messages: list[dict[str, str]] = []  # of the conversation, with its answers
         self._last: Completion | None = None
         self._is_done = False
+        self._help = f"{CHAT_HELP if use_chat else HELP}\n{COMMANDS}"
         self._commands: dict[str, Callable[[str], None]] = {
-            "help": lambda _: say(HELP),
+            "help": lambda _: say(self._help),
             "set": self._set,
             "stats": lambda _: self._print_stats(),
             "quit": lambda _: self._leave(),
         }
+        if use_chat:
+            self._commands["new"] = lambda _: self._messages.clear()
 
     def run(self) -> None:
         """The session, from greeting to good-bye."""
-        say("Type the beginning of a text. /help lists the commands, Ctrl-D leaves.")
+        what = "a message" if self._use_chat else "the beginning of a text"
+        say(f"Type {what}. /help lists the commands, Ctrl-D leaves.")
         with keep_history():
             while not self._is_done:
                 try:
@@ -78,14 +88,23 @@ class Repl:
         self._commands[name](argument.strip())
 
     def _answer(self, prompt: str) -> None:
-        stream = self._llm.stream(prompt, self._params, collect_routing=True)
+        stream = self._start(prompt)
         try:
             print_answer(stream, sys.stdout, painter=self._painter)
         except KeyboardInterrupt:
             say("(stopped)")
         self._last = stream.completion
+        answer = self._last.text
+        if self._use_chat and answer:  # a message that got no answer is as if it was not sent
+            self._messages += _make_turn(prompt, answer)
         if self._show_stats:
             self._print_stats()
+
+    def _start(self, prompt: str) -> "TextStream":
+        if not self._use_chat:
+            return self._llm.stream(prompt, self._params, collect_routing=True)
+        messages = [*self._messages, *_make_turn(prompt)]
+        return self._llm.stream_chat(messages, self._params, collect_routing=True)
 
     def _set(self, argument: str) -> None:
         if argument:
@@ -102,3 +121,9 @@ class Repl:
 
     def _leave(self) -> None:
         self._is_done = True
+
+
+def _make_turn(prompt: str, *answer: str) -> list[dict[str, str]]:
+    """A message of the user, and what was answered."""
+    contents = zip(("user", "assistant"), (prompt, *answer), strict=False)
+    return [{"role": role, "content": content} for role, content in contents]

@@ -1,10 +1,10 @@
 """`tramontane run`: one answer, or an interactive session."""
 
 import io
+import os.path
 import sys
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -30,6 +30,8 @@ def run(
     /,
     *,
     sampling: Annotated[SamplingFlags, Parameter(name="*")] = _NO_FLAGS,
+    quant: Literal["int8", "int4"] | None = None,
+    chat: Annotated[bool, Parameter(negative=())] = False,
     stats: Annotated[bool, Parameter(negative=())] = False,
     experts: Annotated[int | bool, Parameter(negative=())] = False,
 ) -> None:
@@ -48,6 +50,11 @@ def run(
         standard input (a last line end is dropped).
     sampling
         How to choose tokens and when to stop.
+    quant
+        Round the weights of experts and attention to 8 or 4 bits while they are read.
+    chat
+        Send the prompt, or each line of the session, as a user's message in the chat format that
+        the model brings; a session remembers the conversation.
     stats
         Print settings, speed, memory and experts, and which defaults the generation_config.json
         of the model has changed.
@@ -66,7 +73,7 @@ def run(
     from tramontane.engine.llm import LLM
     from tramontane.hub.cache import resolve_model
 
-    llm = LLM(None if model is None else resolve_model(model))
+    llm = LLM(None if model is None else resolve_model(model), quant=quant, use_chat=chat)
     params = replace(llm.default_params, **given)
     painter = _build_painter(llm.config, experts)
     if stats:
@@ -74,14 +81,14 @@ def run(
     if painter:
         say(painter.build_legend())
     if prompt is None:
-        Repl(llm, params, painter=painter, show_stats=stats).run()
+        Repl(llm, params, use_chat=chat, painter=painter, show_stats=stats).run()
     else:
-        _answer_once(llm, prompt, params, painter=painter, show_stats=stats)
+        _answer_once(llm, prompt, params, use_chat=chat, painter=painter, show_stats=stats)
 
 
 def _split_arguments(first: str | None, second: str | None) -> tuple[str | None, str | None]:
     """Model and prompt: a single argument may be either."""
-    if first is None or second is not None or (first and Path(first).exists()):
+    if first is None or second is not None or (first and os.path.exists(first)):
         return first, second
     if not first or len(first.split()) > 1:
         return None, first
@@ -136,11 +143,16 @@ def _answer_once(
     prompt: str,
     params: SamplingParams,
     *,
+    use_chat: bool,
     painter: ExpertPainter | None,
     show_stats: bool,
 ) -> None:
     is_routed = show_stats or painter is not None
-    stream = llm.stream(prompt, params, collect_routing=is_routed)
+    if use_chat:
+        messages = [{"role": "user", "content": prompt}]
+        stream = llm.stream_chat(messages, params, collect_routing=is_routed)
+    else:
+        stream = llm.stream(prompt, params, collect_routing=is_routed)
     print_answer(stream, sys.stdout, painter=painter)
     if show_stats:
         print_stats(stream.completion, llm.config)

@@ -14,21 +14,23 @@ def show(
 ) -> None:
     """Print what a model is: configuration, parameters, bytes, and what was found where.
 
-    Weights are not read. Exit code 1 if the model could not be loaded as it is.
+    Weights are not read. Exit code 1 if the model could not be loaded as it is. Of a model of the
+    hub that has not been pulled, the configuration alone is fetched (HF_TOKEN opens gated ones).
+    Example: tramontane show mistralai/Mixtral-8x7B-v0.1
 
     Parameters
     ----------
     model
-        A folder or file in any layout, the id of a model that has been pulled, a preset such as
-        mixtral-8x7b, or a text file that lists tensors: a name and a shape in each line, or JSON.
+        A folder or file in any layout, an id of the Hugging Face hub, a configuration alone, a
+        preset such as mixtral-8x7b, or a text file that lists tensors: names and shapes as they
+        are printed, one in each line, or JSON.
     as_json
         Print JSON instead of a table.
     """
-    from tramontane.checkpoint.summary import summarize
+    from tramontane.cli.model_summary import find_summary
     from tramontane.errors import CheckpointError
-    from tramontane.hub.cache import resolve_model
 
-    summary = summarize(str(resolve_model(model)))
+    summary = find_summary(model)
     values = summary.to_dict()
     if as_json:
         print(json.dumps(values, indent=2))
@@ -47,6 +49,7 @@ def _list_rows(values: dict[str, Any]) -> list[tuple[str, str]]:
         ("layout", values["layout"]),
         ("parameters", f"{values['parameters']:,}"),
         ("active per token", f"{values['active_parameters']:,}"),
+        ("loads as", values["dtype"]),
         ("keys and values", f"{values['kv_bytes_per_token']:,} bytes per token in 16 bits"),
     ]
     rows += [
@@ -57,4 +60,7 @@ def _list_rows(values: dict[str, Any]) -> list[tuple[str, str]]:
     rows += [(key, str(value)) for key, value in config.items() if key != "moe"]
     if moe:
         rows += [(key, str(value)) for key, value in moe.items()]
-    return rows + [("assumed", what) for what in values["assumed"]]
+    if values["bits_per_weight"]:
+        rows.insert(4, ("bits per weight", f"{values['bits_per_weight']:.2f}"))
+    rows += [("assumed", what) for what in values["assumed"]]
+    return rows + [("doubtful", what) for what in values["doubts"]]

@@ -71,6 +71,10 @@ class Engine:
         """Sequences that wait or run."""
         return len(self._waiting) + len(self._running)
 
+    def list_kernel_seconds(self) -> dict[str, float]:
+        """Seconds so far in each part of the model; empty unless it runs as one native call."""
+        return {} if self._native is None else self._native.list_seconds()
+
     @property
     def num_cache_bytes(self) -> int:
         """Bytes that the caches of the running sequences occupy."""

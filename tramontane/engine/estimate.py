@@ -4,16 +4,17 @@ weights + keys and values of all tokens + what one forward pass holds at a time.
 """
 
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
+from tramontane.checkpoint.quantized import list_parameters
 from tramontane.config import ModelConfig
-from tramontane.errors import ConfigError, RequestError
+from tramontane.engine.loading import parse_recipe
+from tramontane.errors import RequestError
+from tramontane.quant.formats import choose_formats
 
 Quant = Literal["none", "int8", "int4"]
 
-# Bytes per 32 values of a matrix: their bits, and one 2-byte scale (as GGUF's Q8_0 and Q4_0).
-_BYTES_PER_GROUP = {"int8": 34, "int4": 18}
-_GROUP = 32
 PREFILL_TOKENS = 512  # of one forward pass
 
 
@@ -63,12 +64,20 @@ def estimate_memory(
 
 
 def find_longest_context(
-    config: ModelConfig, *, quant: Quant = "none", batch: int = 1, available: int
+    config: ModelConfig,
+    *,
+    quant: Quant = "none",
+    bytes_per_value: int = 2,
+    batch: int = 1,
+    available: int,
 ) -> int:
     """The most tokens per sequence that fit into `available` bytes; 0 if none do."""
 
     def fits(context: int) -> bool:
-        return estimate_memory(config, quant=quant, context=context, batch=batch).total <= available
+        parts = estimate_memory(
+            config, quant=quant, bytes_per_value=bytes_per_value, context=context, batch=batch
+        )
+        return parts.total <= available
 
     low, high = 0, config.max_seq_len  # low fits, or is 0; what lies above high does not
     while low < high:
@@ -82,18 +91,10 @@ def count_weight_bytes(config: ModelConfig, *, quant: Quant, bytes_per_value: in
     total = config.count_parameters().total
     if quant == "none":
         return total * bytes_per_value
-    packed = count_packed_parameters(config)
-    rows = (config.dim, config.hidden_dim, config.n_heads * config.head_dim)
-    if wrong := [size for size in rows if size % _GROUP]:
-        raise ConfigError(f"rows of {wrong[0]} values cannot be packed in groups of {_GROUP}")
-    return (total - packed) * bytes_per_value + packed // _GROUP * _BYTES_PER_GROUP[quant]
-
-
-def count_packed_parameters(config: ModelConfig) -> int:
-    """Parameters in the matrices of attention and of experts (or the dense network)."""
-    attention = 2 * config.dim * config.head_dim * (config.n_heads + config.n_kv_heads)
-    num_experts = config.moe.num_experts if config.moe else 1
-    return config.n_layers * (attention + num_experts * 3 * config.dim * config.hidden_dim)
+    shapes = list_parameters(config)
+    formats = choose_formats(shapes, parse_recipe(quant))
+    packed = sum(format.count_bytes(shapes[name]) for name, format in formats.items())
+    return (total - sum(prod(shapes[name]) for name in formats)) * bytes_per_value + packed
 
 
 def _count_scratch_bytes(

@@ -29,14 +29,13 @@ class GenerationConfig:
     eos_ids: frozenset[int]
 
 
-def load_generation_config(folder: Path, *, eos_id: int) -> GenerationConfig:
-    """Read the file if there is one; `eos_id` ends answers where the file names no other id.
+def load_generation_config(path: Path | None, *, eos_ids: frozenset[int]) -> GenerationConfig:
+    """Read the file if there is one; `eos_ids` end answers where the file names no others.
 
     `do_sample: false` means temperature 0. Keys that do not concern us have no effect. Raises
     ConfigError, naming the file, if it cannot be read or a value is out of range.
     """
-    path = folder / FILE_NAME
-    values = _read_object(path) if path.is_file() else {}
+    values = {} if path is None else _read_object(path)
     overrides = {
         param: values[key] for key, param in _PARAM_OF_KEY.items() if values.get(key) is not None
     }
@@ -46,7 +45,27 @@ def load_generation_config(folder: Path, *, eos_id: int) -> GenerationConfig:
         params = replace(SamplingParams(), **overrides)
     except RequestError as error:
         raise ConfigError(f"{path}: {error}") from None
-    return GenerationConfig(params, overrides, _read_eos_ids(values, path, eos_id=eos_id))
+    given = read_token_ids(values, origin=str(path)).get("eos_token_id")
+    if given is not None:
+        eos_ids = frozenset(given if isinstance(given, list) else [given])
+    return GenerationConfig(params, overrides, eos_ids)
+
+
+def read_token_ids(values: Mapping[str, Any], *, origin: str) -> dict[str, int | list[int]]:
+    """bos_token_id and eos_token_id, those that are there, of this file or of config.json.
+
+    Raises ConfigError, naming `origin`, if one is no id, nor eos_token_id a list of them.
+    """
+    found = {
+        key: values[key] for key in ("bos_token_id", "eos_token_id") if values.get(key) is not None
+    }
+    for key, value in found.items():
+        ids = value if isinstance(value, list) else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+            raise ConfigError(
+                f"{origin}: {key} is {value!r}; it must be a token id, or a list of them"
+            )
+    return found
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -57,15 +76,3 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds no JSON object")
     return values
-
-
-def _read_eos_ids(values: Mapping[str, Any], path: Path, *, eos_id: int) -> frozenset[int]:
-    given = values.get("eos_token_id")
-    if given is None:
-        return frozenset({eos_id})
-    ids = given if isinstance(given, list) else [given]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise ConfigError(
-            f"{path}: eos_token_id is {given!r}; it must be a token id, or a list of them"
-        )
-    return frozenset(ids)

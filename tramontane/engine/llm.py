@@ -6,24 +6,37 @@ print(llm.generate("Once upon a time", SamplingParams(max_tokens=100)).text)
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from functools import cached_property
 from pathlib import Path
 from typing import Self, overload
 
 import torch
 
-from tramontane.checkpoint.intake import open_checkpoint
-from tramontane.checkpoint.loader import fill_model
+from tramontane.checkpoint.intake import Checkpoint, open_checkpoint
 from tramontane.config import ModelConfig
 from tramontane.engine.bundled import find_bundled_model
 from tramontane.engine.completion import Completion, TextPiece
 from tramontane.engine.engine import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, Engine
-from tramontane.engine.generation_config import GenerationConfig, load_generation_config
+from tramontane.engine.generation_config import (
+    FILE_NAME,
+    GenerationConfig,
+    load_generation_config,
+)
+from tramontane.engine.loading import load_for_running
 from tramontane.engine.sampling_params import SamplingParams
 from tramontane.engine.sequence import Sequence
 from tramontane.engine.text_output import TextOutput
-from tramontane.engine.vocabulary import require_tokenizer
-from tramontane.errors import CheckpointError, RequestError
+from tramontane.engine.vocabulary import (
+    find_eos_ids,
+    find_side_file,
+    require_chat_format,
+    require_room,
+    require_tokenizer,
+)
+from tramontane.errors import RequestError, TokenizerError
 from tramontane.models.transformer import Transformer
+from tramontane.quant.formats import QuantRecipe
+from tramontane.tokenizer.chat import ChatFormat, Message
 from tramontane.tokenizer.stream import IncrementalDecoder
 from tramontane.tokenizer.tokenizer import Tokenizer
 
@@ -62,9 +75,13 @@ class LLM:
     """A model, its tokenizer and an engine. Without `model`, the bundled one.
 
     `model` is a folder or file in any layout; `dtype` is that of the weights as stored unless
-    given. `origin` says where they are from. Raises CheckpointError, ConfigError or TokenizerError,
+    given. `quant`, such as "int4", rounds them on load; `keep_packed=False` unpacks those of a GGUF
+    (`engine/loading.py`). `use_chat` refuses a model without a chat format before its weights are
+    read. `origin` says where they are from. Raises CheckpointError, ConfigError or TokenizerError,
     naming file and remedy.
     """
+
+    _checkpoint: Checkpoint | None = None  # none of a model in memory
 
     def __init__(
         self,
@@ -72,15 +89,24 @@ class LLM:
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        quant: str | QuantRecipe | None = None,
+        keep_packed: bool = True,
+        use_chat: bool = False,
         max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
         max_num_seqs: int = MAX_NUM_SEQS,
     ) -> None:
         checkpoint = open_checkpoint(find_bundled_model() if model is None else model)
         self.origin = str(checkpoint.contents.path)
+        self._checkpoint = checkpoint
         self.tokenizer = require_tokenizer(checkpoint)
-        self.model = fill_model(checkpoint, dtype=dtype, device=device)
+        if use_chat:
+            _ = self.chat_format
+        self.model = load_for_running(
+            checkpoint, dtype=dtype, device=device, quant=quant, keep_packed=keep_packed
+        )
         self.generation_config = load_generation_config(
-            checkpoint.contents.folder, eos_id=self.tokenizer.eos_id
+            find_side_file(checkpoint, FILE_NAME),
+            eos_ids=frozenset(find_eos_ids(checkpoint, self.tokenizer.eos_id)),
         )
         self._engine = self._build_engine(
             max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs
@@ -105,6 +131,13 @@ class LLM:
     def default_params(self) -> SamplingParams:
         """Our defaults, overridden by the folder's generation_config.json."""
         return self.generation_config.params
+
+    @cached_property
+    def chat_format(self) -> ChatFormat:
+        """How the model reads a conversation. Raises TokenizerError if it brings no such format."""
+        if self._checkpoint is None:
+            raise TokenizerError(f"{self.origin} has no chat format")
+        return require_chat_format(self._checkpoint, self.tokenizer)
 
     @overload
     def generate(
@@ -147,6 +180,22 @@ class LLM:
         sequence = self._build_sequence(prompt, params, collect_routing=collect_routing)
         return TextStream(self._engine, sequence)
 
+    def stream_chat(
+        self,
+        messages: Items[Message],
+        params: SamplingParams | None = None,
+        *,
+        collect_routing: bool = False,
+    ) -> TextStream:
+        """Answer the last message of a conversation, written in `chat_format`, piece by piece.
+
+        Raises RequestError if the messages do not fit the format, ContextError if not the context.
+        """
+        ids = self.chat_format.encode(messages, self.tokenizer)
+        decoder = IncrementalDecoder(self.tokenizer, starts_text=True)
+        sequence = self._start(ids, decoder, params, collect_routing=collect_routing)
+        return TextStream(self._engine, sequence)
+
     def _run(self, sequences: Items[Sequence]) -> None:
         try:
             for sequence in sequences:
@@ -162,20 +211,28 @@ class LLM:
     ) -> Sequence:
         if not isinstance(prompt, str) or not prompt:
             raise RequestError(f"the prompt is {prompt!r}; it must be a text that is not empty")
+        ids = self.tokenizer.encode(prompt, bos=self.tokenizer.adds_bos)
+        decoder = IncrementalDecoder(self.tokenizer)
+        return self._start(ids, decoder, params, collect_routing=collect_routing)
+
+    def _start(
+        self,
+        ids: list[int],
+        decoder: IncrementalDecoder,
+        params: SamplingParams | None,
+        *,
+        collect_routing: bool,
+    ) -> Sequence:
         params = params or self.default_params
         return Sequence(
-            self.tokenizer.encode(prompt, bos=self.tokenizer.adds_bos),
+            ids,
             params,
-            text_output=TextOutput(IncrementalDecoder(self.tokenizer), stop=params.stop),
+            text_output=TextOutput(decoder, stop=params.stop),
             eos_ids=self.generation_config.eos_ids,
             max_seq_len=self.config.max_seq_len,
             collect_routing=collect_routing,
         )
 
     def _build_engine(self, **limits: int) -> Engine:
-        if self.tokenizer.vocab_size > self.config.vocab_size:
-            raise CheckpointError(
-                f"{self.origin}: the tokenizer has {self.tokenizer.vocab_size} tokens, but the "
-                f"model {self.config.vocab_size}; they do not belong together"
-            )
+        require_room(self.tokenizer, self.config, origin=self.origin)
         return Engine(self.model, vocab_size=self.tokenizer.vocab_size, **limits)

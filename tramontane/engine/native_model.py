@@ -60,6 +60,10 @@ class NativeModel:
         routing = zip(results.weights, results.experts, results.logits, strict=True)
         return ForwardOutput(results.hidden, tuple(Routing(*layer) for layer in routing))
 
+    def list_seconds(self) -> dict[str, float]:
+        """Seconds that all runs have spent in each part of the model."""
+        return self._decoder.list_seconds()
+
     def _list_addresses(self) -> list[int]:
         """They change when somebody moves or casts the model."""
         return [tensor.data_ptr() for tensor in self._tensors]

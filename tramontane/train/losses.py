@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from tramontane.data.packing import PackedBatch
 from tramontane.kernels.dispatch import get_kernels
 from tramontane.models.transformer import Transformer
 from tramontane.nn.router import Routing
+
+_HEAD_ROWS = 1024  # tokens whose logits are there at once
 
 
 class LossTerms(NamedTuple):
@@ -30,8 +33,21 @@ def compute_next_token_loss(model: Transformer, batch: PackedBatch) -> LossTerms
     tokens = torch.from_numpy(batch.tokens).to(device)
     targets = torch.from_numpy(batch.targets).to(device)
     hidden, routing = model.forward_packed(tokens, batch.seqlens)
-    objective = get_kernels().linear_cross_entropy(hidden, model.output.weight, targets)
+    if isinstance(model.output, nn.Linear):
+        objective = get_kernels().linear_cross_entropy(hidden, model.output.weight, targets)
+    else:
+        objective = _sum_cross_entropy(model, hidden, targets)
     return LossTerms(objective, int((batch.targets != -100).sum()), routing)
+
+
+def _sum_cross_entropy(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
+    """The same for a head that has no plain weight, a quantised one, which is scored as it runs."""
+    blocks = zip(hidden.split(_HEAD_ROWS), targets.split(_HEAD_ROWS), strict=True)
+    losses = [
+        F.cross_entropy(model.compute_logits(h), t, ignore_index=-100, reduction="sum")
+        for h, t in blocks
+    ]
+    return torch.stack(losses).sum()
 
 
 def compute_load_balancing_loss(routing: Sequence[Routing]) -> Tensor:

@@ -1,0 +1,197 @@
+"""The CPU against its limits: tramontane, transformers and llama.cpp on the same random weights.
+
+    python benchmarks/cpu.py [--model bundled S M L] [--folder FOLDER] [--repeats 3] [--profile]
+
+Each contender is a process of its own and works in turn with the others; the limits (read
+bandwidth, rates of large products) are measured in the same rounds. S, M and L are random Mixtrals:
+their weights cost what trained ones do, and say nothing. They are written to FOLDER once, as a
+Hugging Face folder and as GGUF. llama.cpp takes part if llama-cpp-python is installed.
+--profile prints instead where the time of our own steps goes, by kernel.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from contenders import CONTENDERS
+from machine import describe_machine, measure_matmul_rate, measure_read_rate, print_table
+from random_models import SIZES, write_model
+
+from tramontane import LLM, SamplingParams
+from tramontane.checkpoint.loader import load_config
+
+BUNDLED = Path(__file__).parents[1] / "tramontane" / "assets"
+CASES = ("prefill 512", "prefill 2048", "decode 1", "decode 8")
+
+
+class Worker:
+    """A contender in its own process, which answers one line with one."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.figures: dict[str, list[float]] = {}
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("contenders.py")),
+            name,
+            str(folder),
+        ]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.loaded = self._read()
+
+    def measure(self, case: str) -> None:
+        """Add one figure, in tokens per second."""
+        assert self._process.stdin is not None
+        print(case, file=self._process.stdin, flush=True)
+        self.figures.setdefault(case, []).append(self._read()["rate"])
+
+    def _read(self) -> dict[str, float]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} has ended; its message is above")
+        answer: dict[str, float] = json.loads(line)
+        return answer
+
+    def close(self) -> int:
+        """End the process; the most bytes it has occupied."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        peak = int(self._read()["peak"])
+        self._process.wait()
+        return peak
+
+    def median(self, case: str) -> float:
+        """Tokens per second."""
+        return statistics.median(self.figures[case])
+
+
+@contextmanager
+def find_folder(folder: Path | None) -> Iterator[Path]:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary)
+
+
+def choose_contenders(wanted: list[str] | None) -> list[str]:
+    names = wanted or list(CONTENDERS)
+    if find_spec("llama_cpp") is None and any(name.startswith("llama.cpp") for name in names):
+        print("llama-cpp-python is not installed: without llama.cpp", file=sys.stderr)
+        names = [name for name in names if not name.startswith("llama.cpp")]
+    return names
+
+
+def measure_limits() -> dict[str, float]:
+    return {
+        "read": measure_read_rate(),
+        "bf16": measure_matmul_rate(2048, 2048, 2048),
+        "fp32": measure_matmul_rate(2048, 2048, 2048, dtype=torch.float32),
+    }
+
+
+def run_size(size: str, folder: Path, names: list[str], *, repeats: int) -> None:
+    config = load_config(BUNDLED if size == "bundled" else folder / size / "hf")
+    cases = [case for case in CASES if int(case.split()[1]) + 160 <= config.max_seq_len]
+    workers = [Worker(name, folder / size) for name in names]
+    limits: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        for key, value in measure_limits().items():
+            limits.setdefault(key, []).append(value)
+        for case in cases:
+            for worker in workers:
+                worker.measure(case)
+    middle = {key: statistics.median(values) for key, values in limits.items()}
+    peaks = {worker.name: worker.close() for worker in workers}
+    active = config.count_parameters().active - config.vocab_size * config.dim
+    total = config.count_parameters().total
+    print(f"\n{size}: {total / 1e6:,.0f}M parameters, {active / 1e6:,.0f}M read for a token\n")
+    print_results(workers, cases, middle, peaks, active=active)
+    flops = 2 * (active - config.vocab_size * config.dim)
+    best = max(middle["bf16"], middle["fp32"])
+    print(
+        f"\nlimits: reading {middle['read'] / 1e9:.1f} GB/s; torch's product of 2048^3 in bf16 "
+        f"{middle['bf16'] / 1e12:.2f} TFLOP/s, in fp32 {middle['fp32'] / 1e12:.2f} TFLOP/s, at "
+        f"which a prompt runs at {best / flops:,.0f} tokens/s"
+    )
+
+
+def print_results(
+    workers: list[Worker],
+    cases: list[str],
+    limits: Mapping[str, float],
+    peaks: Mapping[str, int],
+    *,
+    active: int,
+) -> None:
+    rows = []
+    for worker in workers:
+        limit = limits["read"] / (active * CONTENDERS[worker.name].bytes_per_weight)
+        rows.append([
+            worker.name,
+            *(f"{worker.median(case):,.0f}" if worker.median(case) >= 100
+              else f"{worker.median(case):.1f}" for case in cases),
+            f"{worker.median('decode 1') / limit:.0%}",
+            f"{worker.loaded['seconds']:.2f}",
+            f"{peaks[worker.name] / 1e9:.1f}",
+        ])  # fmt: skip
+    header = ["tokens/s", *cases, "decode 1, of the limit", "load, s", "peak, GB"]
+    print_table(header, rows)
+
+
+def print_profile(size: str, model: Path) -> None:
+    """Where the time of decoding and of a prompt goes, in ms per step, and what stands around."""
+    rows = []
+    for quant in (None, "int8", "int4"):
+        llm = LLM(model, quant=quant)
+        for case, prompt, num_tokens in (
+            ("prompt of 500", "Once upon a time " * 100, 1), ("decode", "Once", 64)
+        ):  # fmt: skip
+            params = SamplingParams(temperature=0.0, max_tokens=num_tokens)
+            llm.generate(prompt, params)
+            before = llm.list_kernel_seconds()
+            started = time.perf_counter()
+            answer = llm.generate(prompt, params)
+            total = time.perf_counter() - started
+            steps = len(answer.token_ids)
+            parts = {k: v - before[k] for k, v in llm.list_kernel_seconds().items()}
+            parts["head, sampling, Python"] = total - sum(parts.values())
+            rows.append([f"{size} {quant or 'bf16'}", case, f"{total / steps * 1e3:.2f}",
+                         *(f"{seconds / total:.0%}" for seconds in parts.values())])  # fmt: skip
+    print_table(["model", "step", "ms", *parts], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", nargs="+", choices=["bundled", *SIZES], default=["bundled", "M"])
+    parser.add_argument("--contender", nargs="+", choices=list(CONTENDERS))
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--profile", action="store_true")
+    arguments = parser.parse_args()
+    names = choose_contenders(arguments.contender)
+    with find_folder(arguments.folder) as folder:
+        print(describe_machine("transformers"))
+        for size in arguments.model:
+            write_model(size, folder, bundled=BUNDLED)
+            if arguments.profile:
+                print_profile(size, folder / size / "hf")
+            else:
+                run_size(size, folder, names, repeats=arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()
