@@ -103,8 +103,9 @@ class Engine:
         with ExitStack() as undo:
             for share in shares:
                 undo.callback(self.abort, share.running.sequence)
-            output = self._run_model(shares)
-            self._record(shares, output)
+            wants_routing = any(share.running.sequence.collect_routing for share in shares)
+            output = self._run_model(shares, with_routing=wants_routing)
+            self._record(shares, output if wants_routing else None)
             self._append_tokens(shares, output.hidden)
             undo.pop_all()
         self._running = [r for r in self._running if not r.sequence.is_finished]
@@ -124,6 +125,8 @@ class Engine:
         return shares
 
     def _start(self, sequence: Sequence) -> _Running:
+        if self._native is not None and not self._native.is_current():
+            self._native = build_native_model(self._model)
         weight, config = self._model.tok_embeddings.weight, self._model.config
         cache = KVCache(
             config, max_tokens=sequence.max_len, dtype=weight.dtype, device=weight.device
@@ -136,7 +139,7 @@ class Engine:
         )
         return _Running(sequence, cache, sampler)
 
-    def _run_model(self, shares: Items[_Share]) -> ForwardOutput:
+    def _run_model(self, shares: Items[_Share], *, with_routing: bool) -> ForwardOutput:
         tokens: list[int] = []
         positions: list[int] = []
         for (sequence, _, _), num_tokens in shares:
@@ -148,15 +151,15 @@ class Engine:
         device = self._model.tok_embeddings.weight.device
         token_ids = torch.tensor(tokens, device=device)
         if self._native is not None:
-            output = self._native.run(token_ids, seqlens, caches)
+            output = self._native.run(token_ids, seqlens, caches, with_routing=with_routing)
             if output is not None:
                 return output
         states = batch_layer_caches(caches, seqlens)
         return self._model(token_ids, torch.tensor(positions, device=device), states)
 
-    def _record(self, shares: Items[_Share], output: ForwardOutput) -> None:
-        wanted = any(running.sequence.collect_routing for running, _ in shares)
-        experts = _stack_experts(output) if wanted else None
+    def _record(self, shares: Items[_Share], output: ForwardOutput | None) -> None:
+        """Note what has run; `output` holds the routing, if it is wanted."""
+        experts = None if output is None else _stack_experts(output)
         start = 0
         for (sequence, _, _), num_tokens in shares:
             mine = None
@@ -175,9 +178,11 @@ class Engine:
                 rows.append(end - 1)  # the last of its tokens predicts the next
         if not ready:
             return
-        logits = self._model.compute_logits(hidden[rows])[:, : self._vocab_size]  # (B, V)
+        last = hidden if len(rows) == len(hidden) else hidden[rows]
+        logits = self._model.compute_logits(last)[:, : self._vocab_size]  # (B, V)
         chosen = [r.sampler.sample(row) for r, row in zip(ready, logits, strict=True)]
-        is_finite = torch.isfinite(logits).all()
+        low, high = logits.aminmax()  # one pass; NaN wins over every number
+        is_finite = torch.isfinite(high - low)
         *token_ids, ok = torch.stack([*chosen, is_finite.long()]).tolist()
         if not ok:
             raise CheckpointError(

@@ -45,27 +45,38 @@ class NativeModel:
         )
 
     def run(
-        self, tokens: Tensor, seqlens: Sequence[int], caches: Sequence[KVCache]
+        self,
+        tokens: Tensor,
+        seqlens: Sequence[int],
+        caches: Sequence[KVCache],
+        *,
+        with_routing: bool = True,
     ) -> ForwardOutput | None:
         """tokens (T,), T = sum(seqlens), one cache per sequence. None: this batch is not for it."""
         pairs = list(zip(caches, seqlens, strict=True))
         has_room = all(cache.has_room(num_tokens) for cache, num_tokens in pairs)
-        if not has_room or self._list_addresses() != self._addresses:
+        has_moved = self._tensors[0].data_ptr() != self._addresses[0]  # then all the others have
+        if not has_room or has_moved:
             return None
         located = [cache.locate(num_tokens) for cache, num_tokens in pairs]
         rope = self._find_rope(max(cache.num_keys for cache in located))
         results = self._decoder.run(tokens, located, *rope)
         for cache, num_tokens in pairs:
             cache.advance(num_tokens)
+        if not with_routing:
+            return ForwardOutput(results.hidden, ())
         routing = zip(results.weights, results.experts, results.logits, strict=True)
         return ForwardOutput(results.hidden, tuple(Routing(*layer) for layer in routing))
+
+    def is_current(self) -> bool:
+        """Whether all weights are where they were: a model that was cast or moved is another."""
+        return self._list_addresses() == self._addresses
 
     def list_seconds(self) -> dict[str, float]:
         """Seconds that all runs have spent in each part of the model."""
         return self._decoder.list_seconds()
 
     def _list_addresses(self) -> list[int]:
-        """They change when somebody moves or casts the model."""
         return [tensor.data_ptr() for tensor in self._tensors]
 
     def _find_rope(self, num_positions: int) -> RopeAngles:
