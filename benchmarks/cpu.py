@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,9 +103,11 @@ def measure_limits() -> dict[str, float]:
     }
 
 
-def run_size(size: str, folder: Path, names: list[str], *, repeats: int) -> None:
+def run_size(
+    size: str, folder: Path, names: list[str], *, wanted: Sequence[str], repeats: int
+) -> None:
     config = load_config(BUNDLED if size == "bundled" else folder / size / "hf")
-    cases = [case for case in CASES if int(case.split()[1]) + 160 <= config.max_seq_len]
+    cases = [case for case in wanted if int(case.split()[1]) + 160 <= config.max_seq_len]
     workers = [Worker(name, folder / size) for name in names]
     limits: dict[str, list[float]] = {}
     for _ in range(repeats):
@@ -178,6 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", choices=["bundled", *SIZES], default=["bundled", "M"])
     parser.add_argument("--contender", nargs="+", choices=list(CONTENDERS))
+    parser.add_argument("--case", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", action="store_true")
@@ -190,7 +193,7 @@ def main() -> None:
             if arguments.profile:
                 print_profile(size, folder / size / "hf")
             else:
-                run_size(size, folder, names, repeats=arguments.repeats)
+                run_size(size, folder, names, wanted=arguments.case, repeats=arguments.repeats)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ class StoreTask final : public Task {
       const int64_t to = (slot + position % cache.block_size) * size;
       widen(a_.k, a_.type, from, size, head);
       turn_pairs(head, half, cos, sin);
+      for (int64_t i = 0; i < size; ++i) head[i] = round_to(head[i], a_.type);
       narrow(head, size, cache.keys, cache.type, to);
       widen(a_.v, a_.type, from, size, head);
       narrow(head, size, cache.values, cache.type, to);
@@ -76,7 +77,7 @@ class AttentionTask final : public Task {
       longest = sequence.num_keys > longest ? sequence.num_keys : longest;
       num_tiles_ += a_.num_kv_heads * count_tiles(sequence);
     }
-    key_stride_ = round_up(longest, 16) + 16;  // the first key is rounded down
+    key_stride_ = round_up(longest, 16);
     thread_floats_ = kTileRows * (key_stride_ + head_stride_);
     memory_ = static_cast<float*>(scratch.reserve(num_threads * thread_floats_ * 4));
   }
@@ -161,8 +162,7 @@ class AttentionTask final : public Task {
       const float* weights = tile.scores + key - begin;
       if (cache.type == Type::kFloat)
         add_values(static_cast<const float*>(cache.values) + at, count, tile, weights);
-      else
-        add_values(static_cast<const uint16_t*>(cache.values) + at, count, tile, weights);
+      else add_values(static_cast<const uint16_t*>(cache.values) + at, count, tile, weights);
     });
     for (int64_t r = 0; r < tile.count; ++r) {
       float* const out = tile.queries + r * head_stride_;
@@ -171,13 +171,14 @@ class AttentionTask final : public Task {
     }
   }
 
-  // Calls `visit(key, at, count)` for keys begin .. end in runs of a block: `at` is where the numbers
-  // of the first of `count` keys begin in the cache.
+  // Calls `visit(key, at, count)` for keys begin .. end in runs of a block: `at` is where the
+  // numbers of the first of `count` keys begin in the cache.
   template <class Visit>
   void for_each_run(const Tile& tile, int64_t begin, int64_t end, Visit visit) const {
     const int64_t size = tile.sequence->cache.block_size;
     for (int64_t key = begin; key < end;) {
-      const int64_t in_block = size - key % size, count = end - key < in_block ? end - key : in_block;
+      const int64_t in_block = size - key % size,
+                    count = end - key < in_block ? end - key : in_block;
       const int64_t block = tile.sequence->blocks[key / size];
       const int64_t slot = (block * a_.num_kv_heads + tile.kv_head) * size + key % size;
       visit(key, slot * a_.head_dim, count);

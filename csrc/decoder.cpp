@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cstring>
 #include <new>
+#include <stdexcept>
 
 namespace tramontane {
 namespace {
@@ -25,7 +26,7 @@ class Pieces {
 
 // Whether inputs prepared for one are right for the other.
 bool can_share_inputs(const Weight& a, const Weight& b) {
-  return a.bits == b.bits && a.group == b.group && (a.zeros == nullptr) == (b.zeros == nullptr);
+  return (a.bits == 0) == (b.bits == 0) && a.group == b.group;
 }
 
 double read_clock() {
@@ -81,8 +82,12 @@ class Decoder::Pass final : public Task {
                          results_, seconds);
     Stopwatch watch(seconds);
     const DecoderShape& shape = decoder_.shape_;
-    kernels_.norm({{buffers_.x, shape.type}, decoder_.norm_, buffers_.num_tokens, shape.dim,
-                   shape.eps, results_.hidden},
+    kernels_.norm({{buffers_.x, shape.type},
+                   decoder_.norm_,
+                   buffers_.num_tokens,
+                   shape.dim,
+                   shape.eps,
+                   results_.hidden},
                   context);
     watch.count(kNorms);
   }
@@ -133,6 +138,8 @@ void Decoder::run(const KernelTable& kernels, const int64_t* tokens,
   int64_t t = 0;
   for (const SequenceCache& cache : caches) {
     for (int64_t i = 0; i < cache.num_queries; ++i, ++t) {
+      if (tokens[t] < 0 || tokens[t] >= shape_.vocab_size)
+        throw std::out_of_range("there is no such token");
       const int64_t position = cache.num_keys - cache.num_queries + i;
       const int64_t row = shape_.dim * size;
       std::memcpy(static_cast<char*>(buffers.x) + t * row,
@@ -148,7 +155,8 @@ void Decoder::run(const KernelTable& kernels, const int64_t* tokens,
     sequences[i].clear();
     for (const SequenceCache& cache : caches) {
       char* const keys = cache.keys + static_cast<int64_t>(i) * cache.layer_offset;
-      sequences[i].push_back({cache.num_queries, cache.num_keys,
+      sequences[i].push_back({cache.num_queries,
+                              cache.num_keys,
                               {keys, keys + cache.values_offset, cache.type, cache.block_size},
                               cache.blocks});
     }
@@ -168,15 +176,19 @@ void Decoder::run_layer(const KernelTable& kernels, Context& context, int64_t in
   const Type type = shape_.type;
   const auto normalize = [&](Values weight) {
     kernels.norm({{buffers.x, type}, weight, num_tokens, shape_.dim, shape_.eps, buffers.normed},
-               context);
+                 context);
   };
 
   normalize(layer.attention_norm);
   watch.count(kNorms);
   if (can_share_inputs(layer.wq, layer.wk) && can_share_inputs(layer.wq, layer.wv)) {
-    kernels.linear({{buffers.normed, type}, num_tokens, 3, {layer.wq, layer.wk, layer.wv},
-                    {buffers.q, buffers.k, buffers.v}, nullptr},
-               context);
+    kernels.linear({{buffers.normed, type},
+                    num_tokens,
+                    3,
+                    {layer.wq, layer.wk, layer.wv},
+                    {buffers.q, buffers.k, buffers.v},
+                    nullptr},
+                   context);
   } else {
     const Weight* weights[] = {&layer.wq, &layer.wk, &layer.wv};
     void* const outs[] = {buffers.q, buffers.k, buffers.v};
@@ -186,30 +198,51 @@ void Decoder::run_layer(const KernelTable& kernels, Context& context, int64_t in
   }
   watch.count(kAttentionLinear);
   const auto num_sequences = static_cast<int64_t>(sequences.size());
-  kernels.store({buffers.q, buffers.k, buffers.v, type, num_tokens, shape_.num_heads,
-                 shape_.num_kv_heads, shape_.head_dim, buffers.cos, buffers.sin, sequences.data(),
-                 num_sequences},
-               context);
-  kernels.attention({{buffers.q, type}, sequences.data(), num_sequences, shape_.num_heads,
-                     shape_.num_kv_heads, shape_.head_dim, shape_.window, buffers.attended},
-               context);
+  kernels.store(
+      {buffers.q, buffers.k, buffers.v, type, num_tokens, shape_.num_heads, shape_.num_kv_heads,
+       shape_.head_dim, buffers.cos, buffers.sin, sequences.data(), num_sequences},
+      context);
+  kernels.attention({{buffers.q, type},
+                     sequences.data(),
+                     num_sequences,
+                     shape_.num_heads,
+                     shape_.num_kv_heads,
+                     shape_.head_dim,
+                     shape_.window,
+                     buffers.attended},
+                    context);
   watch.count(kAttention);
   kernels.linear({{buffers.attended, type}, num_tokens, 1, {layer.wo}, {buffers.x}, buffers.x},
-               context);
+                 context);
   watch.count(kAttentionLinear);
 
   normalize(layer.ffn_norm);
   watch.count(kNorms);
   float* const slot_weights = results.slot_weights + index * num_tokens * shape_.num_slots;
   int64_t* const experts = results.experts + index * num_tokens * shape_.num_slots;
-  kernels.router({{buffers.normed, type}, layer.gate, num_tokens, shape_.dim, layer.num_experts,
-                  shape_.num_slots, slot_weights, experts,
+  kernels.router({{buffers.normed, type},
+                  layer.gate,
+                  num_tokens,
+                  shape_.dim,
+                  layer.num_experts,
+                  shape_.num_slots,
+                  slot_weights,
+                  experts,
                   results.logits + index * num_tokens * layer.num_experts},
-               context);
+                 context);
   watch.count(kRouter);
-  kernels.experts({{buffers.normed, type}, num_tokens, layer.num_experts, shape_.num_slots,
-                   slot_weights, experts, layer.w1, layer.w2, layer.w3, buffers.x, buffers.x},
-               context);
+  kernels.experts({{buffers.normed, type},
+                   num_tokens,
+                   layer.num_experts,
+                   shape_.num_slots,
+                   slot_weights,
+                   experts,
+                   layer.w1,
+                   layer.w2,
+                   layer.w3,
+                   buffers.x,
+                   buffers.x},
+                  context);
   watch.count(kExperts);
 }
 

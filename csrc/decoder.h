@@ -1,5 +1,6 @@
-// A whole decoder of sparse layers in one call: what tramontane/models/transformer.py computes, from
-// the embeddings to the last norm, with the same kernels in the same order, and so the same bits.
+// A whole decoder of sparse layers in one call: what tramontane/models/transformer.py computes,
+// from the embeddings to the last norm, with the same kernels in the same order, and so the same
+// bits.
 #pragma once
 
 #include <vector>
@@ -51,8 +52,9 @@ class Decoder {
 
   void add_layer(const DecoderLayer& layer) { layers_.push_back(layer); }
 
-  // `cos` and `sin` hold the angles of the positions 0, 1, ... (S / 2 each). Tokens lie sequence after
-  // sequence. Throws std::bad_alloc.
+  // `cos` and `sin` hold the angles of the positions 0, 1, ... (S / 2 each). Tokens lie sequence
+  // after sequence. One call at a time. Throws std::bad_alloc, and std::out_of_range on an id that
+  // is none.
   void run(const KernelTable& kernels, const int64_t* tokens,
            const std::vector<SequenceCache>& caches, const float* cos, const float* sin,
            const DecoderResults& results, int num_threads);

@@ -10,7 +10,7 @@ namespace tramontane {
 namespace portable {
 extern const KernelTable kernel_table;
 }
-#if defined(TRAMONTANE_X86)
+#if TRAMONTANE_X86
 namespace avx2 {
 extern const KernelTable kernel_table;
 }
@@ -29,15 +29,17 @@ struct Entry {
 }  // namespace
 
 const KernelTable* find_kernels(const char* name) {
-#if defined(TRAMONTANE_X86)
+#if TRAMONTANE_X86
   __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
-                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c");
+  const bool has_avx512 =
+      has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vnni");
 #endif
   const Entry entries[] = {
-#if defined(TRAMONTANE_X86)
+#if TRAMONTANE_X86
       {&avx512::kernel_table, has_avx512},
       {&avx2::kernel_table, has_avx2},
 #endif

@@ -1,7 +1,7 @@
 // The experts of a layer: tokens grouped by expert, none dropped, one call for all of it.
 //
-// Up to kTokensAtOnce tokens at a time: their copies are sorted by expert, each expert multiplies its
-// rows, and every token adds up its slots in its own order, in fp32.
+// Up to kTokensAtOnce tokens at a time: their copies are sorted by expert, each expert multiplies
+// its rows, and every token adds up its slots in its own order, in fp32.
 #pragma once
 
 #include "linear.h"
@@ -9,7 +9,6 @@
 namespace tramontane {
 namespace TRAMONTANE_ISA {
 
-constexpr int64_t kTokensAtOnce = 512;
 constexpr int64_t kExpertRowsAtOnce = 128;
 
 class ExpertsTask final : public Task {
@@ -31,13 +30,13 @@ class ExpertsTask final : public Task {
     thread_bytes_ = panel_bytes_ + wide_length_ * 4 + 2 * round_up(rows_at_once_ * kChunk * 4, 64);
     const bool is_packed = a_.w2.bits != 0;
     const int64_t sizes[] = {
-        Inputs::count_bytes(num_tokens_, a_.w1),                     // inputs of the tokens
-        num_rows_ * hidden_stride_ * 4,                              // hidden values in fp32
-        is_packed ? Inputs::count_bytes(num_rows_, a_.w2) : 0,       // and packed, as inputs of w2
-        round_up(num_rows_ * dim_ * 4, 64),                          // outputs
-        round_up(num_rows_ * 8, 64),                                 // token of each row
-        round_up(num_rows_ * 8, 64),                                 // row of each slot
-        round_up((a_.num_experts + 1) * 8, 64),                      // first row of each expert
+        Inputs::count_bytes(num_tokens_, a_.w1),                // inputs of the tokens
+        num_rows_ * hidden_stride_ * 4,                         // hidden values in fp32
+        is_packed ? Inputs::count_bytes(num_rows_, a_.w2) : 0,  // and packed, as inputs of w2
+        round_up(num_rows_ * dim_ * 4, 64),                     // outputs
+        round_up(num_rows_ * 8, 64),                            // token of each row
+        round_up(num_rows_ * 8, 64),                            // row of each slot
+        round_up((a_.num_experts + 1) * 8, 64),                 // first row of each expert
     };
     int64_t total = 0;
     for (const int64_t size : sizes) total += size;
@@ -119,7 +118,8 @@ class ExpertsTask final : public Task {
   // out = silu(gate) * up
   static void combine(const float* gate, const float* up, int64_t count, float* out) {
     int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) store(out + i, mul(silu(load(gate + i)), load(up + i)));
+    for (; i + kLanes <= count; i += kLanes)
+      store(out + i, mul(silu(load(gate + i)), load(up + i)));
     if (i < count) {
       const Vec rest = mul(silu(load_some(gate + i, count - i)), load_some(up + i, count - i));
       store_some(out + i, rest, count - i);

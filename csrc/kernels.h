@@ -19,11 +19,11 @@ struct Values {
 // A matrix (N, M) of a linear layer, or several stacked: plain numbers, or 4 or 8 bits in groups as
 // `tramontane/kernels/packing.py` lays them out.
 struct Weight {
-  const void* data;          // plain (N, M), or qweight
-  Type type;                 // of plain numbers
-  int bits;                  // 0: plain
-  const uint16_t* scales;    // fp16 (NB, M / group, 16)
-  const uint8_t* zeros;      // as the scales, or null: 8 or 128 everywhere
+  const void* data;        // plain (N, M), or qweight
+  Type type;               // of plain numbers
+  int bits;                // 0: plain
+  const uint16_t* scales;  // fp16 (NB, M / group, 16)
+  const uint8_t* zeros;    // as the scales, or null: 8 or 128 everywhere
   int64_t num_rows, num_columns, group;
 };
 
@@ -43,7 +43,7 @@ struct ExpertsArguments {
   int64_t num_tokens, num_experts, num_slots;
   const float* slot_weights;  // (T, K)
   const int64_t* experts;     // (T, K)
-  Weight w1, w2, w3;          // of the first expert; the others follow
+  Weight w1, w2, w3;          // of the first expert; w1 and w3 are both plain or of one group size
   void* out;                  // (T, D), of the type of x
   const void* residual;       // (T, D), of the type of x, to be added; or null
 };
@@ -80,8 +80,8 @@ struct Sequence {
 
 // What has been multiplied for attention goes where it is read.
 struct StoreArguments {
-  void *q;              // (T, H, S), turned in place
-  const void *k, *v;    // (T, G, S); k is turned
+  void* q;            // (T, H, S), turned in place
+  const void *k, *v;  // (T, G, S); k is turned
   Type type;
   int64_t num_tokens, num_heads, num_kv_heads, head_dim;
   const float *cos, *sin;  // (T, S / 2)

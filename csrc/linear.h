@@ -8,9 +8,10 @@
 namespace tramontane {
 namespace TRAMONTANE_ISA {
 
-constexpr int64_t kChunk = 96;        // columns that a thread takes at once: 4 panels, 6 blocks
-constexpr int64_t kRowsAtOnce = 256;  // rows whose results wait for their conversion
-constexpr int64_t kMinWork = 1 << 17; // multiplications below which one thread is faster
+constexpr int64_t kChunk = 96;          // columns that a thread takes at once: 4 panels, 6 blocks
+constexpr int64_t kTokensAtOnce = 512;  // tokens whose inputs are prepared at once
+constexpr int64_t kRowsAtOnce = 256;    // rows whose results wait for their conversion
+constexpr int64_t kMinWork = 1 << 17;   // multiplications below which one thread is faster
 
 static inline int choose_threads(int64_t work, int num_threads) {
   return work < kMinWork ? 1 : num_threads;
@@ -56,7 +57,11 @@ static inline void widen(const void* from, Type type, int64_t at, int64_t count,
   const auto* bits = static_cast<const uint16_t*>(from) + at;
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(to + i, load(bits + i));
-  for (; i < count; ++i) to[i] = bf16_to_float(bits[i]);
+  for (; i < count; ++i) {
+    uint16_t one;
+    std::memcpy(&one, bits + i, sizeof one);  // at any address
+    to[i] = bf16_to_float(one);
+  }
 }
 
 static inline void narrow(const float* from, int64_t count, void* to, Type type, int64_t at) {
@@ -97,8 +102,7 @@ class Inputs {
       : data_(memory),
         stride_(count_stride(weight)),
         length_(weight.num_columns),
-        group_(weight.bits == 0 ? 0 : weight.group),
-        zero_point_(weight.zeros != nullptr ? 1 : weight.bits == 4 ? 8 : 128) {}
+        group_(weight.bits == 0 ? 0 : weight.group) {}
 
   // Fill row `row` from `x` (M,); `wide` is memory for M numbers.
   void set(int64_t row, const void* x, Type type, int64_t at, float* wide) {
@@ -115,9 +119,11 @@ class Inputs {
   }
 
   // Fill row `row`, of 8 bits, from fp32.
-  void pack(int64_t row, const float* x) { pack_row(x, length_, group_, zero_point_, data_ + row * stride_); }
+  void pack(int64_t row, const float* x) { pack_row(x, length_, group_, data_ + row * stride_); }
 
-  const float* plain(int64_t row) const { return reinterpret_cast<const float*>(data_ + row * stride_); }
+  const float* plain(int64_t row) const {
+    return reinterpret_cast<const float*>(data_ + row * stride_);
+  }
   PackedRow packed(int64_t row) const { return locate_row(data_ + row * stride_, length_, group_); }
 
  private:
@@ -128,13 +134,12 @@ class Inputs {
 
   char* data_;
   int64_t stride_, length_, group_;
-  int32_t zero_point_;
 };
 
 // out[i][c - begin] = inputs[which[i]] . column c, for `count` rows; which = null: rows first ...
-static inline void multiply(const Inputs& inputs, const int64_t* which, int64_t first, int64_t count,
-                            const Weight& weight, int64_t expert, int64_t begin, int64_t end,
-                            float* out, int64_t out_stride, float* panel) {
+static inline void multiply(const Inputs& inputs, const int64_t* which, int64_t first,
+                            int64_t count, const Weight& weight, int64_t expert, int64_t begin,
+                            int64_t end, float* out, int64_t out_stride, float* panel) {
   for (int64_t done = 0; done < count; done += kMaxRows) {
     const int64_t some = count - done < kMaxRows ? count - done : kMaxRows;
     float* const to = out + done * out_stride;
@@ -147,8 +152,7 @@ static inline void multiply(const Inputs& inputs, const int64_t* which, int64_t 
     }
     if (weight.bits == 0)
       multiply_plain(plain_rows, some, weight, expert, begin, end, to, out_stride, panel);
-    else
-      multiply_packed(packed_rows, some, weight, expert, begin, end, to, out_stride);
+    else multiply_packed(packed_rows, some, weight, expert, begin, end, to, out_stride);
   }
 }
 
@@ -157,8 +161,8 @@ class LinearTask final : public Task {
   LinearTask(const LinearArguments& arguments, Scratch& scratch, int num_threads)
       : a_(arguments), length_(arguments.weights[0].num_columns) {
     const int64_t rows = a_.num_tokens < kRowsAtOnce ? a_.num_tokens : kRowsAtOnce;
-    thread_bytes_ = round_up(rows * kChunk * 4, 64) + count_panel_bytes(length_) +
-                    round_up(length_, 16) * 4;
+    thread_bytes_ =
+        round_up(rows * kChunk * 4, 64) + count_panel_bytes(length_) + round_up(length_, 16) * 4;
     const int64_t input_bytes = Inputs::count_bytes(a_.num_tokens, a_.weights[0]);
     memory_ = static_cast<char*>(scratch.reserve(input_bytes + thread_bytes_ * num_threads));
     thread_memory_ = memory_ + input_bytes;
@@ -202,11 +206,25 @@ class LinearTask final : public Task {
   char *memory_ = nullptr, *thread_memory_ = nullptr;
 };
 
+// In parts of kTokensAtOnce tokens, so that the memory for inputs does not grow with their number.
 static void linear(const LinearArguments& arguments, Context& context) {
+  const int64_t size = arguments.x.type == Type::kFloat ? 4 : 2;
+  const int64_t length = arguments.weights[0].num_columns;
   int64_t num_columns = 0;
   for (int i = 0; i < arguments.num_outputs; ++i) num_columns += arguments.weights[i].num_rows;
-  const int64_t work = arguments.num_tokens * num_columns * arguments.weights[0].num_columns;
-  launch<LinearTask>(context, work, arguments);
+  for (int64_t t = 0; t < arguments.num_tokens; t += kTokensAtOnce) {
+    LinearArguments part = arguments;
+    const int64_t rest = arguments.num_tokens - t;
+    part.num_tokens = rest < kTokensAtOnce ? rest : kTokensAtOnce;
+    part.x.data = static_cast<const char*>(arguments.x.data) + t * length * size;
+    for (int i = 0; i < arguments.num_outputs; ++i)
+      part.outs[i] =
+          static_cast<char*>(arguments.outs[i]) + t * arguments.weights[i].num_rows * size;
+    if (arguments.residual != nullptr)
+      part.residual =
+          static_cast<const char*>(arguments.residual) + t * arguments.weights[0].num_rows * size;
+    launch<LinearTask>(context, part.num_tokens * num_columns * length, part);
+  }
 }
 
 }  // namespace TRAMONTANE_ISA

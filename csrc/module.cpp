@@ -1,6 +1,7 @@
 // The Python module `tramontane.kernels._native`: addresses and sizes in, nothing but numbers out.
 //
-// Python has checked shapes and types (tramontane/kernels/native.py); here they are believed.
+// Python has checked shapes and types (tramontane/kernels/native.py); here they are believed. Ids
+// of experts and tokens are looked at here.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
@@ -27,8 +28,9 @@ Type to_type(int type) { return static_cast<Type>(type); }
 
 void build_weight(Weight* self, uintptr_t data, int type, int bits, uintptr_t scales,
                   uintptr_t zeros, int64_t num_rows, int64_t num_columns, int64_t group) {
-  new (self) Weight{at<const void>(data), to_type(type), bits, at<const uint16_t>(scales),
-                    at<const uint8_t>(zeros), num_rows, num_columns, group};
+  new (self)
+      Weight{at<const void>(data),     to_type(type), bits,        at<const uint16_t>(scales),
+             at<const uint8_t>(zeros), num_rows,      num_columns, group};
 }
 
 void run_linear(uintptr_t x, int type, int64_t num_tokens, nb::tuple weights, nb::tuple outs,
@@ -49,26 +51,47 @@ void run_linear(uintptr_t x, int type, int64_t num_tokens, nb::tuple weights, nb
 void run_experts(uintptr_t x, int type, int64_t num_tokens, int64_t num_experts, int64_t num_slots,
                  uintptr_t slot_weights, uintptr_t experts, const Weight& w1, const Weight& w2,
                  const Weight& w3, uintptr_t out, int num_threads) {
+  const auto* ids = at<const int64_t>(experts);
+  for (int64_t i = 0; i < num_tokens * num_slots; ++i)
+    if (ids[i] < 0 || ids[i] >= num_experts) throw std::out_of_range("there is no such expert");
   Context context{scratch, num_threads};
-  kernels->experts({{at<const void>(x), to_type(type)}, num_tokens, num_experts, num_slots,
-                    at<const float>(slot_weights), at<const int64_t>(experts), w1, w2, w3,
-                    at<void>(out), nullptr},
+  kernels->experts({{at<const void>(x), to_type(type)},
+                    num_tokens,
+                    num_experts,
+                    num_slots,
+                    at<const float>(slot_weights),
+                    at<const int64_t>(experts),
+                    w1,
+                    w2,
+                    w3,
+                    at<void>(out),
+                    nullptr},
                    context);
 }
 
 void run_norm(uintptr_t x, int type, uintptr_t weight, int weight_type, int64_t num_tokens,
               int64_t dim, float eps, uintptr_t out, int num_threads) {
   Context context{scratch, num_threads};
-  kernels->norm({{at<const void>(x), to_type(type)}, {at<const void>(weight), to_type(weight_type)},
-                 num_tokens, dim, eps, at<void>(out)},
+  kernels->norm({{at<const void>(x), to_type(type)},
+                 {at<const void>(weight), to_type(weight_type)},
+                 num_tokens,
+                 dim,
+                 eps,
+                 at<void>(out)},
                 context);
 }
 
 void run_rotate(uintptr_t x, int type, int64_t num_tokens, int64_t num_heads, int64_t head_dim,
                 int64_t stride, uintptr_t cos, uintptr_t sin, uintptr_t out, int num_threads) {
   Context context{scratch, num_threads};
-  kernels->rotate({{at<const void>(x), to_type(type)}, num_tokens, num_heads, head_dim, stride,
-                   at<const float>(cos), at<const float>(sin), at<void>(out)},
+  kernels->rotate({{at<const void>(x), to_type(type)},
+                   num_tokens,
+                   num_heads,
+                   head_dim,
+                   stride,
+                   at<const float>(cos),
+                   at<const float>(sin),
+                   at<void>(out)},
                   context);
 }
 
@@ -80,8 +103,14 @@ void run_attention(uintptr_t q, int type, uintptr_t k, uintptr_t v, int cache_ty
   const Cache cache{at<void>(k), at<void>(v), to_type(cache_type), head_slots};
   const Sequence sequence{num_queries, num_keys, cache, kFirstBlock};
   Context context{scratch, num_threads};
-  kernels->attention({{at<const void>(q), to_type(type)}, &sequence, 1, num_heads, num_kv_heads,
-                      head_dim, window, at<void>(out)},
+  kernels->attention({{at<const void>(q), to_type(type)},
+                      &sequence,
+                      1,
+                      num_heads,
+                      num_kv_heads,
+                      head_dim,
+                      window,
+                      at<void>(out)},
                      context);
 }
 
@@ -89,16 +118,22 @@ void run_router(uintptr_t x, int type, uintptr_t weight, int weight_type, int64_
                 int64_t dim, int64_t num_experts, int64_t num_slots, uintptr_t slot_weights,
                 uintptr_t experts, uintptr_t logits, int num_threads) {
   Context context{scratch, num_threads};
-  kernels->router({{at<const void>(x), to_type(type)}, {at<const void>(weight), to_type(weight_type)},
-                   num_tokens, dim, num_experts, num_slots, at<float>(slot_weights),
-                   at<int64_t>(experts), at<float>(logits)},
+  kernels->router({{at<const void>(x), to_type(type)},
+                   {at<const void>(weight), to_type(weight_type)},
+                   num_tokens,
+                   dim,
+                   num_experts,
+                   num_slots,
+                   at<float>(slot_weights),
+                   at<int64_t>(experts),
+                   at<float>(logits)},
                   context);
 }
 
 void build_decoder(Decoder* self, nb::tuple sizes, float eps, int type, uintptr_t embeddings,
                    uintptr_t norm) {
   const auto size = [&](size_t i) { return nb::cast<int64_t>(sizes[i]); };
-  const DecoderShape shape{size(0), size(1), size(2), size(3), size(4),
+  const DecoderShape shape{size(0), size(1), size(2), size(3),      size(4),
                            size(5), size(6), eps,     to_type(type)};
   new (self) Decoder(shape, {at<const void>(embeddings), to_type(type)},
                      {at<const void>(norm), to_type(type)});
@@ -113,16 +148,15 @@ void add_layer(Decoder& decoder, int type, uintptr_t attention_norm, uintptr_t f
     return nb::cast<const Weight&>(weights[i]);
   };
   decoder.add_layer({values(attention_norm), values(ffn_norm), weight(attention, 0),
-                     weight(attention, 1), weight(attention, 2), weight(attention, 3),
-                     values(gate), weight(experts, 0), weight(experts, 1), weight(experts, 2),
-                     num_experts});
+                     weight(attention, 1), weight(attention, 2), weight(attention, 3), values(gate),
+                     weight(experts, 0), weight(experts, 1), weight(experts, 2), num_experts});
 }
 
 // A cache is (num_queries, num_keys, keys, values_offset, layer_offset, type, block_size, blocks);
 // no blocks: the first is all.
-void run_decoder(Decoder& decoder, uintptr_t tokens, nb::list caches, uintptr_t cos,
-                 uintptr_t sin, uintptr_t hidden, uintptr_t slot_weights, uintptr_t experts,
-                 uintptr_t logits, int num_threads) {
+void run_decoder(Decoder& decoder, uintptr_t tokens, nb::list caches, uintptr_t cos, uintptr_t sin,
+                 uintptr_t hidden, uintptr_t slot_weights, uintptr_t experts, uintptr_t logits,
+                 int num_threads) {
   std::vector<SequenceCache> described;
   for (nb::handle item : caches) {
     const nb::tuple cache = nb::cast<nb::tuple>(item);
@@ -140,8 +174,8 @@ void run_decoder(Decoder& decoder, uintptr_t tokens, nb::list caches, uintptr_t 
 }
 
 nb::dict list_seconds(const Decoder& decoder) {
-  const char* const names[] = {"embeddings", "norms", "attention's products", "attention",
-                               "router", "experts"};
+  const char* const names[] = {"embeddings", "norms",  "attention's products",
+                               "attention",  "router", "experts"};
   static_assert(sizeof names / sizeof names[0] == kNumParts);
   nb::dict seconds;
   for (int i = 0; i < kNumParts; ++i) seconds[names[i]] = decoder.seconds()[i];

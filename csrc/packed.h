@@ -1,5 +1,5 @@
-// Products with weights of 4 or 8 bits, laid out by `tramontane/kernels/packing.py`: 16 columns side
-// by side, 4 numbers of each, so that one instruction multiplies 64 of them.
+// Products with weights of 4 or 8 bits, laid out by `tramontane/kernels/packing.py`: 16 columns
+// side by side, 4 numbers of each, so that one instruction multiplies 64 of them.
 //
 // Inputs are rounded to 8 bits in the same groups along the row. Sums within a group are whole
 // numbers, exact in any order; the groups are added in fp32 in their order, for any number of rows.
@@ -10,16 +10,15 @@
 namespace tramontane {
 namespace TRAMONTANE_ISA {
 
-constexpr int64_t kBlock = 16;                      // columns of a block
+constexpr int64_t kBlock = 16;                     // columns of a block
 constexpr int kVectorsPerBlock = kBlock / kLanes;  // a vector holds one number per column
 
-// An input of 8 bits: value = scale * q. Where a sum of products with q starts: at minus the zero point
-// of the weights times the sum of q, so that the zero point need not be taken from each weight; at
-// minus the sum of q if the zero points are many.
+// An input of 8 bits: value = scale * q. A sum of products with q starts at minus the sum of q
+// times the zero point of the weights, so that this need not be taken from each weight.
 struct PackedRow {
-  const int8_t* q;         // (M,)
-  const float* scales;     // (M / group,)
-  const int32_t* starts;   // (M / group,)
+  const int8_t* q;            // (M,)
+  const float* scales;        // (M / group,)
+  const int32_t* minus_sums;  // (M / group,) of q
 };
 
 static inline int64_t count_row_bytes(int64_t length, int64_t group) {
@@ -34,8 +33,7 @@ static inline PackedRow locate_row(const char* memory, int64_t length, int64_t g
 
 // Round one row of fp32 to 8 bits; the largest of a group becomes 127. A number that is not finite
 // makes the scale of its group NaN, and so all outputs of the row.
-static inline void pack_row(const float* x, int64_t length, int64_t group, int32_t zero_point,
-                            char* memory) {
+static inline void pack_row(const float* x, int64_t length, int64_t group, char* memory) {
   const PackedRow row = locate_row(memory, length, group);
   auto* q = const_cast<int8_t*>(row.q);
   for (int64_t g = 0; g < length / group; ++g) {
@@ -51,7 +49,8 @@ static inline void pack_row(const float* x, int64_t length, int64_t group, int32
     for (int64_t i = 0; i < group; i += kLanes) {
       float rounded[kLanes];
       // A scale that is no normal number is itself rounded so far that quotients exceed 127.
-      const Vec quotient = min(splat(127.0f), max(splat(-127.0f), div(load(x + g * group + i), divisor)));
+      const Vec quotient =
+          min(splat(127.0f), max(splat(-127.0f), div(load(x + g * group + i), divisor)));
       store(rounded, scale > 0 ? round(quotient) : zero());
       for (int j = 0; j < kLanes; ++j) {
         const auto value = static_cast<int32_t>(rounded[j]);
@@ -60,9 +59,13 @@ static inline void pack_row(const float* x, int64_t length, int64_t group, int32
       }
     }
     const_cast<float*>(row.scales)[g] = scale;
-    const_cast<int32_t*>(row.starts)[g] = -zero_point * sum;
+    const_cast<int32_t*>(row.minus_sums)[g] = -sum;
   }
 }
+
+// The zero point of weights without zero points of their own is this power of two.
+template <int kBits>
+constexpr int kZeroShift = kBits - 1;
 
 // kLanes sums of whole numbers, and how to add the products of 4 weights with 4 inputs to each.
 template <int kBits>
@@ -74,7 +77,9 @@ template <int kBits>
 struct Sums {
   __m512i total;
 
-  void start(const int32_t* value) { total = _mm512_set1_epi32(*value); }
+  void start(const int32_t* minus_sum) {
+    total = _mm512_slli_epi32(_mm512_set1_epi32(*minus_sum), kZeroShift<kBits>);
+  }
   void start(const int32_t* minus_sum, const uint8_t* zeros) {
     const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)zeros));
     total = _mm512_mullo_epi32(wide, _mm512_set1_epi32(*minus_sum));
@@ -87,12 +92,8 @@ struct Bytes {
 struct Input {
   __m512i at;
 };
-static inline Bytes load_bytes(const uint8_t* from) {
-  return {_mm512_loadu_si512(from)};
-}
-static inline Bytes low_nibbles(Bytes b) {
-  return {_mm512_and_si512(b.at, _mm512_set1_epi8(15))};
-}
+static inline Bytes load_bytes(const uint8_t* from) { return {_mm512_loadu_si512(from)}; }
+static inline Bytes low_nibbles(Bytes b) { return {_mm512_and_si512(b.at, _mm512_set1_epi8(15))}; }
 static inline Bytes high_nibbles(Bytes b) {
   return {_mm512_and_si512(_mm512_srli_epi16(b.at, 4), _mm512_set1_epi8(15))};
 }
@@ -122,7 +123,9 @@ template <>
 struct Sums<4> {
   __m256i total;
 
-  void start(const int32_t* value) { total = _mm256_set1_epi32(*value); }
+  void start(const int32_t* minus_sum) {
+    total = _mm256_slli_epi32(_mm256_set1_epi32(*minus_sum), kZeroShift<4>);
+  }
   void start(const int32_t* minus_sum, const uint8_t* zeros) {
     total = minus_zeros(zeros, *minus_sum);
   }
@@ -135,7 +138,9 @@ struct Sums<8> {
   __m256i base, low, high;
 
   void start_at(__m256i value) { base = value, low = high = _mm256_setzero_si256(); }
-  void start(const int32_t* value) { start_at(_mm256_set1_epi32(*value)); }
+  void start(const int32_t* minus_sum) {
+    start_at(_mm256_slli_epi32(_mm256_set1_epi32(*minus_sum), kZeroShift<8>));
+  }
   void start(const int32_t* minus_sum, const uint8_t* zeros) {
     start_at(minus_zeros(zeros, *minus_sum));
   }
@@ -147,9 +152,7 @@ struct Sums<8> {
 static inline Bytes load_bytes(const uint8_t* from) {
   return {_mm256_loadu_si256((const __m256i*)from)};
 }
-static inline Bytes low_nibbles(Bytes b) {
-  return {_mm256_and_si256(b.at, _mm256_set1_epi8(15))};
-}
+static inline Bytes low_nibbles(Bytes b) { return {_mm256_and_si256(b.at, _mm256_set1_epi8(15))}; }
 static inline Bytes high_nibbles(Bytes b) {
   return {_mm256_and_si256(_mm256_srli_epi16(b.at, 4), _mm256_set1_epi8(15))};
 }
@@ -176,8 +179,8 @@ template <int kBits>
 struct Sums {
   int32_t total[kLanes];
 
-  void start(const int32_t* value) {
-    for (int32_t& sum : total) sum = *value;
+  void start(const int32_t* minus_sum) {
+    for (int32_t& sum : total) sum = *minus_sum * (1 << kZeroShift<kBits>);
   }
   void start(const int32_t* minus_sum, const uint8_t* zeros) {
     for (int i = 0; i < kLanes; ++i) total[i] = zeros[i] * *minus_sum;
@@ -232,8 +235,12 @@ static inline PackedMatrix locate_matrix(const Weight& weight, int64_t expert) {
   const int64_t block_bytes = length * kBlock * weight.bits / 8;
   const int64_t scales = expert * num_blocks * num_groups * kBlock;
   return {static_cast<const uint8_t*>(weight.data) + expert * num_blocks * block_bytes,
-          weight.scales + scales, weight.zeros == nullptr ? nullptr : weight.zeros + scales,
-          length, weight.group, block_bytes, num_groups};
+          weight.scales + scales,
+          weight.zeros == nullptr ? nullptr : weight.zeros + scales,
+          length,
+          weight.group,
+          block_bytes,
+          num_groups};
 }
 
 // R rows by C vectors of columns, from vector `first` on.
@@ -261,8 +268,8 @@ static void packed_tile(const PackedRow* rows, const PackedMatrix& m, int64_t fi
     Sums<kBits> sums[R][C];
     for (int r = 0; r < R; ++r) {
       for (int c = 0; c < C; ++c) {
-        if (m.zeros == nullptr) sums[r][c].start(rows[r].starts + g);
-        else sums[r][c].start(rows[r].starts + g, zeros[c] + g * kBlock);
+        if (m.zeros == nullptr) sums[r][c].start(rows[r].minus_sums + g);
+        else sums[r][c].start(rows[r].minus_sums + g, zeros[c] + g * kBlock);
       }
     }
 #pragma GCC unroll 4
@@ -276,7 +283,8 @@ static void packed_tile(const PackedRow* rows, const PackedMatrix& m, int64_t fi
         }
       } else {
         Bytes low[C], high[C];
-        for (int c = 0; c < C; ++c) low[c] = low_nibbles(bytes[c]), high[c] = high_nibbles(bytes[c]);
+        for (int c = 0; c < C; ++c)
+          low[c] = low_nibbles(bytes[c]), high[c] = high_nibbles(bytes[c]);
         for (int r = 0; r < R; ++r) {
           const Input x = load_input(q[r] + step * kStep);
           for (int c = 0; c < C; ++c) add_products(sums[r][c], low[c], x);
@@ -292,8 +300,7 @@ static void packed_tile(const PackedRow* rows, const PackedMatrix& m, int64_t fi
     for (int c = 0; c < C; ++c) {
       const Vec scale = load_half(scales[c] + g * kBlock);
       for (int r = 0; r < R; ++r)
-        totals[r][c] =
-            fma(mul(scale, splat(rows[r].scales[g])), sums[r][c].finish(), totals[r][c]);
+        totals[r][c] = fma(mul(scale, splat(rows[r].scales[g])), sums[r][c].finish(), totals[r][c]);
     }
   }
   for (int r = 0; r < R; ++r)
@@ -328,10 +335,11 @@ static void packed_columns(const PackedRow* rows, const PackedMatrix& m, int64_t
 }
 
 template <int kBits>
-static void packed_all(const PackedRow* rows, int64_t num_rows, const PackedMatrix& m, int64_t begin,
-                       int64_t end, float* out, int64_t out_stride) {
+static void packed_all(const PackedRow* rows, int64_t num_rows, const PackedMatrix& m,
+                       int64_t begin, int64_t end, float* out, int64_t out_stride) {
 #if defined(__AVX512F__)
-  constexpr int kRows = 6, kColumns = 2, kColumnsOfOne = 4;  // 12 sums and 12 totals of 32 registers
+  constexpr int kRows = 6, kColumns = 2,
+                kColumnsOfOne = 4;  // 12 sums and 12 totals of 32 registers
 #else
   constexpr int kRows = 2, kColumns = 2, kColumnsOfOne = 2;
 #endif

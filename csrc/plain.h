@@ -17,15 +17,17 @@ constexpr int kTileRows = 3, kTileColumns = 4;  // 12 sums, 3 inputs, 1 weight: 
 #else
 constexpr int kTileRows = 2, kTileColumns = 4;
 #endif
-constexpr int64_t kPanelColumns = 24;     // weights converted to fp32 at once, in the L2 cache
-constexpr int64_t kPanelMinRows = 8;      // with fewer inputs each weight is converted as it comes
-constexpr int64_t kMaxRows = 128;         // inputs multiplied at once
-constexpr int64_t kPart = 1024;           // numbers of a row whose products are summed at once
+constexpr int64_t kPanelColumns = 24;  // weights converted to fp32 at once, in the L2 cache
+constexpr int64_t kPanelMinRows = 8;   // with fewer inputs each weight is converted as it comes
+constexpr int64_t kMaxRows = 128;      // inputs multiplied at once
+constexpr int64_t kPart = 1024;        // numbers of a row whose products are summed at once
 
-static inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+static inline int64_t round_up(int64_t value, int64_t step) {
+  return (value + step - 1) / step * step;
+}
 
-// Adds to sums[r][c] what the numbers begin .. end of rows[r] and w[c] contribute. Rows are padded with
-// zeros to whole vectors, w is not.
+// Adds to sums[r][c] what the numbers begin .. end of rows[r] and w[c] contribute. Rows are padded
+// with zeros to whole vectors, w is not.
 template <int R, int C, class Number>
 static inline void add_dot(const float* const* rows, const Number* w, int64_t stride, int64_t begin,
                            int64_t end, Vec (&sums)[R][C]) {
@@ -103,8 +105,8 @@ static inline int64_t count_panel_bytes(int64_t length) {
   return kPanelColumns * round_up(length, kLanes) * 4 + (length > kPart ? kept : 0);
 }
 
-// As `dot_all` for whole tiles of rows and kPanelColumns columns, in parts of the rows that stay in the
-// L1 cache together with their weights; sums wait in `kept` between one part and the next.
+// As `dot_all` for whole tiles of rows and kPanelColumns columns, in parts of the rows that stay in
+// the L1 cache together with their weights; sums wait in `kept` between one part and the next.
 template <class Number>
 static void dot_panel(const float* const* rows, int64_t num_rows, const Number* w, int64_t stride,
                       int64_t length, float* out, int64_t out_stride, float* kept) {
@@ -154,7 +156,8 @@ static inline void widen_panel(const uint16_t* w, int64_t num_rows, int64_t leng
   }
 }
 
-// As `dot_all` for up to kMaxRows rows and weights of either type; `memory` has `count_panel_bytes`.
+// As `dot_all` for up to kMaxRows rows and weights of either type; `memory` has
+// `count_panel_bytes`.
 static inline void multiply_plain(const float* const* rows, int64_t num_rows, const Weight& weight,
                                   int64_t expert, int64_t begin, int64_t end, float* out,
                                   int64_t out_stride, float* memory) {

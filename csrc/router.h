@@ -10,7 +10,7 @@ class RouterTask final : public Task {
  public:
   RouterTask(const RouterArguments& arguments, Scratch& scratch, int num_threads)
       : a_(arguments), weight_{arguments.weight.data, arguments.weight.type, 0, nullptr, nullptr,
-                               arguments.num_experts, arguments.dim, 0} {
+                               arguments.num_experts, arguments.dim,         0} {
     row_bytes_ = Inputs::count_bytes(1, weight_);
     memory_ = static_cast<char*>(scratch.reserve(row_bytes_ * num_threads));
   }

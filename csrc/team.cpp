@@ -1,4 +1,5 @@
-// Threads from the OpenMP library that torch has loaded, found at run time through `dlopen`.
+// Threads from the OpenMP library that torch links, found at run time: `dlsym` searches what the
+// library of a handle depends on.
 //
 // Linking an OpenMP of our own would start a second pool, whose threads would spin against torch's.
 #include "team.h"
@@ -23,9 +24,15 @@ ParallelRegion parallel_region = nullptr;
 ThreadNumber thread_number = nullptr;
 ThreadNumber team_size = nullptr;
 
-constexpr int kSpins = 4000;  // some microseconds; then let somebody else have the core
+constexpr int kSpins = 1000;  // about 50 us; then let somebody else have the core
 
-void pause_briefly() {
+// Call until something has happened, counting in `spins`.
+void pause_briefly(int& spins) {
+  if (spins >= kSpins) {
+    sched_yield();
+    return;
+  }
+  ++spins;
 #if defined(__x86_64__)
   _mm_pause();
 #endif
@@ -46,7 +53,8 @@ void run_member(void* data) {
     call.team.emplace(team_size());
     call.is_ready.store(true, std::memory_order_release);
   } else {
-    while (!call.is_ready.load(std::memory_order_acquire)) pause_briefly();
+    int spins = 0;
+    while (!call.is_ready.load(std::memory_order_acquire)) pause_briefly(spins);
   }
   call.task.run(*call.team, number);
 }
@@ -54,13 +62,8 @@ void run_member(void* data) {
 }  // namespace
 
 void Team::wait_for_others(uint32_t phase) const {
-  for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-    if (spins < kSpins) {
-      pause_briefly();
-    } else {
-      sched_yield();
-    }
-  }
+  int spins = 0;
+  while (phase_.load(std::memory_order_acquire) == phase) pause_briefly(spins);
 }
 
 void run_team(Task& task, int num_threads) {

@@ -48,9 +48,10 @@ class Task {
   ~Task() = default;
 };
 
-// Where a kernel runs: outside of a team, on threads of its own; or as one member of a team that all
-// call the same kernels one after another with the same arguments, as a whole model does.
 class Scratch;
+
+// Where a kernel runs: outside of a team, on threads of its own; or as one member of a team that
+// all call the same kernels one after another with the same arguments, as a whole model does.
 struct Context {
   Scratch& scratch;
   int num_threads;
@@ -69,7 +70,7 @@ struct Shared {
 // Run `task` on up to `num_threads` threads, this one included, and return when all are done.
 void run_team(Task& task, int num_threads);
 
-// Use the OpenMP library at `path`, which torch has loaded. False if it cannot be used.
+// Use the OpenMP that the loaded library at `path` links. False if it cannot be used.
 bool use_openmp(const char* path);
 
 }  // namespace tramontane

@@ -5,7 +5,8 @@
 // the copy with AVX-512 must not be the one that a small machine runs.
 #pragma once
 
-#include <cmath>
+#include <math.h>
+
 #include <cstdint>
 #include <cstring>
 
@@ -140,8 +141,12 @@ static inline Vec each_lane(Function function) {
   return v;
 }
 static inline Vec zero() { return Vec{}; }
-static inline Vec splat(float value) { return each_lane([=](int) { return value; }); }
-static inline Vec load(const float* from) { return each_lane([=](int i) { return from[i]; }); }
+static inline Vec splat(float value) {
+  return each_lane([=](int) { return value; });
+}
+static inline Vec load(const float* from) {
+  return each_lane([=](int i) { return from[i]; });
+}
 static inline Vec load(const uint16_t* from) {
   return each_lane([=](int i) { return bf16_to_float(from[i]); });
 }
@@ -149,10 +154,18 @@ static inline Vec load_half(const uint16_t* from) {
   return each_lane([=](int i) { return half_to_float(from[i]); });
 }
 static inline void store(float* to, Vec v) { std::memcpy(to, v.at, sizeof v.at); }
-static inline Vec add(Vec a, Vec b) { return each_lane([&](int i) { return a.at[i] + b.at[i]; }); }
-static inline Vec sub(Vec a, Vec b) { return each_lane([&](int i) { return a.at[i] - b.at[i]; }); }
-static inline Vec mul(Vec a, Vec b) { return each_lane([&](int i) { return a.at[i] * b.at[i]; }); }
-static inline Vec div(Vec a, Vec b) { return each_lane([&](int i) { return a.at[i] / b.at[i]; }); }
+static inline Vec add(Vec a, Vec b) {
+  return each_lane([&](int i) { return a.at[i] + b.at[i]; });
+}
+static inline Vec sub(Vec a, Vec b) {
+  return each_lane([&](int i) { return a.at[i] - b.at[i]; });
+}
+static inline Vec mul(Vec a, Vec b) {
+  return each_lane([&](int i) { return a.at[i] * b.at[i]; });
+}
+static inline Vec div(Vec a, Vec b) {
+  return each_lane([&](int i) { return a.at[i] / b.at[i]; });
+}
 static inline Vec max(Vec a, Vec b) {
   return each_lane([&](int i) { return a.at[i] > b.at[i] ? a.at[i] : b.at[i]; });
 }
@@ -163,10 +176,13 @@ static inline Vec fma(Vec a, Vec b, Vec c) {
   return each_lane([&](int i) { return a.at[i] * b.at[i] + c.at[i]; });
 }
 static inline Vec round(Vec a) {
-  return each_lane([&](int i) { return std::nearbyintf(a.at[i]); });
+  return each_lane([&](int i) { return nearbyintf(a.at[i]); });
 }
 static inline Vec scale_by_power(Vec a, Vec exponent) {
-  return each_lane([&](int i) { return std::ldexp(a.at[i], static_cast<int>(exponent.at[i])); });
+  return each_lane([&](int i) {
+    const float n = exponent.at[i];
+    return n == n ? ldexpf(a.at[i], static_cast<int>(n)) : n;
+  });
 }
 
 #endif
@@ -184,8 +200,9 @@ static inline void store_some(float* to, Vec v, int64_t count) {
   std::memcpy(to, padded, static_cast<size_t>(count) * sizeof(float));
 }
 
-// The sums of the lanes of four vectors. Every sum is ((0+2)+(1+3)) of each quarter, then quarters
-// with those two further on, whichever of the four it is: a sum's bits do not depend on its place.
+// The sums of the lanes of four vectors. Every sum is ((0+2)+(1+3)) of each four lanes, then of
+// those fours in a fixed order, whichever of the four vectors it is: its bits do not depend on its
+// place.
 static inline void sum_lanes(Vec a, Vec b, Vec c, Vec d, float* out) {
 #if defined(__AVX2__)
   const Vec ab = add(interleave_low(a, b), interleave_high(a, b));

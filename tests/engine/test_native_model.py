@@ -10,6 +10,7 @@ from tramontane.config import ModelConfig
 from tramontane.engine.kv_cache import KVCache, batch_layer_caches
 from tramontane.engine.native_model import NativeModel, build_native_model
 from tramontane.models.transformer import ForwardOutput, Transformer
+from tramontane.nn.attention import Attention
 from tramontane.quant.apply import quantize_model
 from tramontane.quant.formats import QuantFormat, QuantRecipe
 
@@ -85,6 +86,96 @@ def test_a_model_that_was_cast_is_not_for_it_any_more() -> None:
     model.double()
     cache = KVCache(model.config, max_tokens=10)
     assert native.run(make_tokens(3), [3], [cache]) is None
+
+
+def replace_weight(model: Transformer) -> None:
+    wq = model.layers[0].attention.wq
+    wq.weight = torch.nn.Parameter(wq.weight.detach().clone())
+
+
+def assign_weights(model: Transformer) -> None:
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+
+
+def merge_in_place(model: Transformer) -> None:
+    wq = model.layers[0].attention.wq
+    wq.weight.data = wq.weight.data + 1
+
+
+@pytest.mark.parametrize("change", [replace_weight, assign_weights, merge_in_place])
+def test_a_model_with_other_weights_is_another(change: Callable[[Transformer], None]) -> None:
+    """The engine looks before each request; what runs reads memory that is still there."""
+    model = make_model(make_config())
+    native = build_native_model(model)
+    assert native is not None
+    assert native.is_current()
+    change(model)
+    assert not native.is_current()
+    cache = KVCache(model.config, max_tokens=10)
+    with torch.inference_mode():
+        native.run(make_tokens(3), [3], [cache])
+
+
+def test_blocks_of_a_cache_may_lie_anywhere() -> None:
+    """Blocks of 16 tokens in any order give the bits of one contiguous block."""
+    model = make_model(make_config())
+    native, config = build_native_model(model), model.config
+    assert native is not None
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    shape = (config.n_layers, 2, 8, config.n_kv_heads, 16, config.head_dim)
+    pool = torch.full(shape, float("nan"))
+    contiguous = KVCache(config, max_tokens=100)
+    with torch.inference_mode():
+        for num_tokens in (20, 1, 40, 1, 33):
+            tokens = make_tokens(num_tokens, seed=num_tokens)
+            end = contiguous.num_tokens + num_tokens
+            paged = contiguous.locate(num_tokens)._replace(
+                keys=pool.data_ptr(), values_offset=pool.stride(1) * 4,
+                layer_offset=pool.stride(0) * 4, block_size=16, blocks=order.data_ptr(),
+            )  # fmt: skip
+            actual = native._decoder.run(tokens, [paged], *native._find_rope(end))
+            expected = native.run(tokens, [num_tokens], [contiguous])
+            assert expected is not None
+            assert torch.equal(actual.hidden, expected.hidden)
+
+
+def test_there_is_no_such_token() -> None:
+    model = make_model(make_config())
+    native, cache = build_native_model(model), KVCache(model.config, max_tokens=10)
+    assert native is not None
+    for token in (-1, model.config.vocab_size):
+        with pytest.raises(IndexError, match="no such token"):
+            native.run(torch.tensor([token]), [1], [cache])
+
+
+class OtherAttention(Attention):
+    """Computes something else, for all that is known."""
+
+
+def use_other_attention(model: Transformer) -> None:
+    model.layers[1].attention = OtherAttention(model.config)
+
+
+def use_hook(model: Transformer) -> None:
+    model.layers[0].attention.wo.register_forward_hook(lambda *_: None)
+
+
+def use_fewer_experts(model: Transformer) -> None:
+    model.layers[0].feed_forward.gate.num_experts_per_tok = 1
+
+
+def use_fp16_experts(model: Transformer) -> None:
+    model.layers[0].feed_forward.experts.half()
+
+
+CHANGES = [use_other_attention, use_hook, use_fewer_experts, use_fp16_experts]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_modules_of_another_kind_are_not_for_it(change: Callable[[Transformer], None]) -> None:
+    model = make_model(make_config())
+    change(model)
+    assert build_native_model(model) is None
 
 
 @pytest.mark.parametrize("changes", [{"moe": None}, {"double": True}], ids=str)

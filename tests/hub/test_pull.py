@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoint.layouts import save_gguf_split
+from tests.checkpoint.quantized_folder import save_quantized
 from tests.hub.hub_server import Hub, Repository, run_tramontane
 from tests.tiny import make_config, make_model
 from tramontane.checkpoint.mistral import write_params
@@ -217,6 +218,17 @@ def test_params_of_another_kind_cost_no_weights(hub: Hub, tmp_path: Path) -> Non
     assert f"{MODEL} cannot be used, so its weights were not fetched: " in result.stderr
     assert "params.json: vision_encoder is {}" in result.stderr
     assert "consolidated.safetensors" not in hub.list_fetched()
+
+
+def test_a_folder_that_we_quantised_is_fetched_and_read(hub: Hub, tmp_path: Path) -> None:
+    model = make_model(make_config(dim=64, head_dim=16, hidden_dim=96))
+    folder = save_quantized(model, tmp_path / "quantized")
+    hub.repositories[MODEL] = Repository({p.name: p.read_bytes() for p in folder.iterdir()})
+    result = run_tramontane("pull", MODEL, home=tmp_path, url=hub.url)
+    assert result.returncode == 0, result.stderr
+    assert "(quantized, " in result.stdout
+    result = run_tramontane("show", MODEL, "--json", home=tmp_path)
+    assert json.loads(result.stdout)["layout"] == "tramontane, quantised"
 
 
 @pytest.mark.parametrize("file", ["config.json", "params.json"])

@@ -1,6 +1,7 @@
 """The native kernels equal `reference`, on every instruction set that this machine runs."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.bounds import measure_error, read_bounds
+from tramontane.errors import ConfigError
 from tramontane.kernels import fused, native, reference
 from tramontane.kernels.packing import PackedWeight, pack
 
@@ -70,7 +72,7 @@ def assert_close(name: str, actual: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 4, 7, 9, 70])
-@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (16, 32), (100, 129), (97, 256)])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (16, 32), (100, 129), (97, 256), (30, 2100)])
 def test_linear(num_tokens: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
     x, weight = draw(num_tokens, shape[1]).to(dtype), draw(*shape, seed=1).to(dtype)
     expected = reference.linear(x.float(), weight.float())
@@ -84,10 +86,10 @@ def test_linear_takes_weights_of_the_other_dtype_and_more_dimensions() -> None:
 
 
 def test_unaligned_memory() -> None:
-    """Weights that a file holds at any address, even an odd one."""
-    memory = torch.zeros(2 + 2 * 64 * 33, dtype=torch.uint8)
+    """Weights that a file holds at any even address, of which no vector is aligned."""
+    memory = torch.zeros(64 + 2 * 64 * 33, dtype=torch.uint8)
     x = draw(3, 33)
-    for offset in (0, 2):
+    for offset in (2, 6, 34):
         weight = memory[offset : offset + 2 * 64 * 33].view(torch.bfloat16).view(64, 33)
         weight.copy_(draw(64, 33, seed=1))
         assert_close("linear", native.linear(x, weight), reference.linear(x, weight.float()))
@@ -178,6 +180,18 @@ def test_quantized_experts(routing: str, bits: int) -> None:
     assert_close("quantized_experts", actual, expected)
 
 
+@pytest.mark.parametrize("first", [{"bits": 4}, {"bits": 8, "symmetric": False},
+                                   {"bits": 8, "group_size": 64}], ids=str)  # fmt: skip
+def test_quantized_experts_of_several_formats(first: dict[str, Any]) -> None:
+    """As a GGUF may mix them: w1 and w3 read the same rounded inputs, where the groups agree."""
+    x, (weights, experts) = draw(9, 64), draw_routing(9, 8, 2)
+    matrices = [draw_weight(8, 64, 64, seed=i, **kind)
+                for i, kind in enumerate([first, {"bits": 8}, {"bits": 8}])]  # fmt: skip
+    expected = reference.quantized_experts(x, weights, experts, *matrices)
+    actual = native.quantized_experts(x, weights, experts, *matrices)
+    assert_close("quantized_experts", actual, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_experts", [1, 4, 8, 13])
 def test_top_k_router(num_experts: int, dtype: torch.dtype) -> None:
@@ -252,6 +266,47 @@ def test_packed_attention(seqlens: Sequence[int]) -> None:
         return
     expected = reference.packed_attention(q, k, v, seqlens, window=7)
     assert_close("packed_attention", native.packed_attention(q, k, v, seqlens, window=7), expected)
+
+
+def test_a_router_that_learns_gets_its_gradient() -> None:
+    x, (weights, experts) = draw(5, 16), draw_routing(5, 4, 2)
+    matrices = [draw(4, 16, 16, seed=i) for i in range(3)]
+    with torch.enable_grad():
+        weights.requires_grad_()
+        native.moe_experts(x, weights, experts, *matrices).sum().backward()
+    assert weights.grad is not None
+
+
+def test_what_does_not_fit_together_is_refused_by_torch() -> None:
+    weights, experts = draw_routing(3, 4, 2)
+    cube = draw(4, 8, 8)
+    for run in (
+        lambda: native.linear(draw(3, 8), draw(4, 9)),
+        lambda: native.moe_experts(draw(3, 8), weights, experts, draw(4, 8, 9), cube, cube),
+        lambda: native.causal_attention(draw(2, 2, 8), draw(1, 4, 6), draw(1, 4, 6)),
+        lambda: native.packed_attention(draw(5, 2, 8), draw(1, 5, 8), draw(1, 5, 8), [2, 2]),
+        lambda: native.rotate(draw(3, 2, 8), draw(3, 3), draw(3, 3)),
+        lambda: native.top_k_router(draw(3, 8), draw(4, 9), 2),
+    ):
+        with pytest.raises((RuntimeError, ValueError)):
+            run()
+
+
+def test_there_is_no_such_expert() -> None:
+    cube, weights = draw(4, 32, 32), torch.ones(1, 2)
+    packed = draw_weight(4, 32, 32, bits=4)
+    for expert in (-1, 4, 2**40):
+        experts = torch.tensor([[0, expert]])
+        with pytest.raises(IndexError, match="no such expert"):
+            native.moe_experts(draw(1, 32), weights, experts, cube, cube, cube)
+        with pytest.raises(IndexError, match="no such expert"):
+            native.quantized_experts(draw(1, 32), weights, experts, packed, packed, packed)
+
+
+def test_a_quantised_weight_that_was_cast_is_refused() -> None:
+    weight = draw_weight(16, 32, bits=8)
+    with pytest.raises(ConfigError, match="may not be cast or moved"):
+        native.quantized_linear(draw(1, 32), weight._replace(scales=weight.scales.float()))
 
 
 def test_what_is_not_for_them_goes_to_fused() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.kernels.test_native import BEST, INSTRUCTION_SETS, draw, draw_routing, draw_weight
 from tramontane.kernels import native
 
-BATCHES = [*range(1, 65), 512]
+BATCHES = [*range(1, 65), 512]  # two threads, where a batch is work enough for them
 
 
 @pytest.fixture(autouse=True, params=INSTRUCTION_SETS)
@@ -30,9 +30,7 @@ def _num_threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def assert_rows_stand_alone(run: Callable[[slice], Tensor], num_rows: int = 512) -> None:
     """`run(rows)` gives the outputs of these rows alone: the same bits as among all of them."""
-    torch.set_num_threads(1)
     alone = torch.cat([run(slice(i, i + 1)) for i in range(num_rows)])
-    torch.set_num_threads(2)
     for size in BATCHES:
         for start in {0, (num_rows - size) // 2, num_rows - size}:
             rows = slice(start, start + size)
@@ -43,6 +41,14 @@ def assert_rows_stand_alone(run: Callable[[slice], Tensor], num_rows: int = 512)
 def test_linear(dtype: torch.dtype) -> None:
     x, weight = draw(512, 72).to(dtype), draw(53, 72, seed=1).to(dtype)
     assert_rows_stand_alone(lambda rows: native.linear(x[rows], weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_are_summed_in_parts(dtype: torch.dtype) -> None:
+    x, weight = draw(140, 2100).to(dtype), draw(30, 2100, seed=1).to(dtype)
+    alone = torch.cat([native.linear(row[None], weight) for row in x])
+    for size in (2, 8, 13, 130, 140):
+        assert torch.equal(native.linear(x[:size], weight), alone[:size])
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -78,10 +84,10 @@ def test_experts_of_a_shuffled_batch() -> None:
         assert torch.equal(actual, expected[order])
 
 
-@pytest.mark.parametrize("window", [None, 20])
-def test_attention_in_chunks(window: int | None) -> None:
+@pytest.mark.parametrize(("window", "size"), [(None, 32), (20, 32), (None, 10)])
+def test_attention_in_chunks(window: int | None, size: int) -> None:
     """A query reads the same, however many queries come with it."""
-    q, k, v = draw(150, 4, 32), draw(2, 150, 32, seed=1), draw(2, 150, 32, seed=2)
+    q, k, v = draw(150, 4, size), draw(2, 150, size, seed=1), draw(2, 150, size, seed=2)
     whole = native.causal_attention(q, k, v, window=window)
     for chunk in range(1, 65):
         for start in range(0, 150, chunk):
@@ -92,14 +98,21 @@ def test_attention_in_chunks(window: int | None) -> None:
 
 @pytest.mark.usefixtures("_num_threads")
 def test_any_number_of_threads() -> None:
-    x, (weights, experts) = draw(40, 256).bfloat16(), draw_routing(40, 8, 2)
-    plain = [draw(8, *shape).bfloat16() for shape in ((512, 256), (256, 512), (512, 256))]
+    x, (weights, experts) = draw(600, 256).bfloat16(), draw_routing(600, 8, 2)
+    plain = [draw(8, *shape).bfloat16() for shape in ((64, 256), (256, 64), (64, 256))]
+    packed = [draw_weight(*w.shape, bits=4) for w in plain]
     q, k, v = draw(40, 8, 64), draw(2, 40, 64, seed=1), draw(2, 40, 64, seed=2)
+    angles = draw(600, 16)
 
     def run() -> list[Tensor]:
-        return [native.linear(x, plain[0][0]), native.rms_norm(x, x[0], 1e-5),
-                native.moe_experts(x, weights, experts, *plain),
-                native.causal_attention(q, k, v), *native.top_k_router(x, x[:8], 2)]  # fmt: skip
+        return [
+            native.linear(x, plain[0][0]), native.rms_norm(x, x[0], 1e-5),
+            native.moe_experts(x, weights, experts, *plain),
+            native.quantized_linear(x, packed[0].select(0)),
+            native.quantized_experts(x, weights, experts, *packed),
+            native.rotate(x.view(600, 8, 32), angles.cos(), angles.sin()),
+            native.causal_attention(q, k, v), *native.top_k_router(x, x[:8], 2),
+        ]  # fmt: skip
 
     actual = run()
     torch.set_num_threads(1)

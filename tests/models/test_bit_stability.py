@@ -15,16 +15,21 @@ from tramontane.engine.kv_cache import KVCache
 from tramontane.models.transformer import Transformer
 
 TOKENS = make_tokens(70)
-WAYS = [("native", torch.float32), ("native", torch.bfloat16), ("fused", torch.bfloat16)]
+WAYS = [
+    ("native", torch.float32, {}),
+    ("native", torch.float32, {"n_kv_heads": 1}),
+    ("native", torch.bfloat16, {}),
+    ("fused", torch.bfloat16, {}),
+]
 
 
 @pytest.fixture(params=WAYS, ids=str)
 def model(request: pytest.FixtureRequest, choose_kernels: Callable[[str], None]) -> Transformer:
-    kernels, dtype = request.param
+    kernels, dtype, changes = request.param
     if kernels == "fused" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("oneDNN has no bf16 kernels here")
     choose_kernels(kernels)
-    return make_model(make_config()).to(dtype)
+    return make_model(make_config(**changes)).to(dtype)
 
 
 @pytest.fixture

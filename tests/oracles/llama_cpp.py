@@ -30,10 +30,3 @@ class LlamaCpp:
         self._llama.reset()
         self._llama.eval(list(ids))
         return np.array(self._llama.scores[: len(ids)])
-
-    def generate(self, ids: Sequence[int], count: int) -> list[int]:
-        """The `count` likeliest continuations, one by one."""
-        sequence = list(ids)
-        for _ in range(count):
-            sequence.append(int(self.compute_logits(sequence)[-1].argmax()))
-        return sequence[len(ids) :]

@@ -28,8 +28,8 @@ def pull(
     revision
         A branch, tag or commit; by default the branch main.
     format
-        hf, mistral, gguf, or gguf:PART for the GGUF file with PART in its name; by default the
-        first of these that the repository has.
+        hf, quantized (our own), mistral, gguf, or gguf:PART for the GGUF file with PART in its
+        name; by default the first of these that the repository has.
     folder
         Put the files here instead of the cache.
     """

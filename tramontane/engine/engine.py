@@ -125,7 +125,7 @@ class Engine:
         return shares
 
     def _start(self, sequence: Sequence) -> _Running:
-        if self._native is not None and not self._native.is_current():
+        if self._native is None or not self._native.is_current():
             self._native = build_native_model(self._model)
         weight, config = self._model.tok_embeddings.weight, self._model.config
         cache = KVCache(

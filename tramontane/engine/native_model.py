@@ -5,18 +5,23 @@ the extension has: dense layers, other dtypes or devices, modules of another kin
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from tramontane.config import ModelConfig
 from tramontane.engine.kv_cache import KVCache
+from tramontane.errors import CapacityError
 from tramontane.kernels import native
 from tramontane.kernels.dispatch import get_kernels
 from tramontane.kernels.native_decoder import DecoderSizes, LayerWeights, NativeDecoder, Weight
 from tramontane.models.transformer import DecoderLayer, ForwardOutput, Transformer
+from tramontane.nn.attention import Attention
 from tramontane.nn.experts import GroupedExperts
 from tramontane.nn.linear import Linear
 from tramontane.nn.moe import MoeLayer
+from tramontane.nn.norm import RMSNorm
 from tramontane.nn.rope import RopeAngles, compute_rope
 from tramontane.nn.router import Routing, TopKRouter
 from tramontane.quant.modules import QuantizedExperts, QuantizedLinear
@@ -28,9 +33,11 @@ class NativeModel:
     def __init__(self, model: Transformer, layers: Sequence[LayerWeights]) -> None:
         config = model.config
         assert config.moe is not None
-        self._config = config
-        self._tensors = [*model.parameters(), *model.buffers()]
-        self._addresses = self._list_addresses()
+        self._model, self._config = model, config
+        self._state = _list_state(model)
+        self._first = next(model.parameters())
+        # What the extension reads stays, even if the model gets other weights.
+        self._kept = [tensor.untyped_storage() for tensor in _list_tensors(model)]
         self._rope = RopeAngles(torch.empty(0), torch.empty(0))
         sizes = DecoderSizes(
             config.dim, config.n_heads, config.n_kv_heads, config.head_dim, config.vocab_size,
@@ -55,12 +62,17 @@ class NativeModel:
         """tokens (T,), T = sum(seqlens), one cache per sequence. None: this batch is not for it."""
         pairs = list(zip(caches, seqlens, strict=True))
         has_room = all(cache.has_room(num_tokens) for cache, num_tokens in pairs)
-        has_moved = self._tensors[0].data_ptr() != self._addresses[0]  # then all the others have
-        if not has_room or has_moved:
+        was_moved = self._first.data_ptr() != self._state[0].address
+        if not has_room or was_moved:
             return None
         located = [cache.locate(num_tokens) for cache, num_tokens in pairs]
         rope = self._find_rope(max(cache.num_keys for cache in located))
-        results = self._decoder.run(tokens, located, *rope)
+        try:
+            results = self._decoder.run(tokens, located, *rope)
+        except MemoryError as error:
+            raise CapacityError(
+                f"no memory to run {len(tokens)} tokens at once; lower max_num_batched_tokens"
+            ) from error
         for cache, num_tokens in pairs:
             cache.advance(num_tokens)
         if not with_routing:
@@ -69,15 +81,12 @@ class NativeModel:
         return ForwardOutput(results.hidden, tuple(Routing(*layer) for layer in routing))
 
     def is_current(self) -> bool:
-        """Whether all weights are where they were: a model that was cast or moved is another."""
-        return self._list_addresses() == self._addresses
+        """Whether the model still has the weights it had, where they were."""
+        return _list_state(self._model) == self._state
 
     def list_seconds(self) -> dict[str, float]:
         """Seconds that all runs have spent in each part of the model."""
         return self._decoder.list_seconds()
-
-    def _list_addresses(self) -> list[int]:
-        return [tensor.data_ptr() for tensor in self._tensors]
 
     def _find_rope(self, num_positions: int) -> RopeAngles:
         """The angles of at least so many positions, doubled when they do not suffice."""
@@ -89,45 +98,62 @@ class NativeModel:
         return self._rope
 
 
+class _TensorState(NamedTuple):
+    address: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+def _list_tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _list_state(model: nn.Module) -> list[_TensorState]:
+    return [_TensorState(t.data_ptr(), t.dtype, t.shape) for t in _list_tensors(model)]
+
+
 def build_native_model(model: Transformer) -> NativeModel | None:
     """The model for the extension, or None if a part of it is none of those it has."""
-    if get_kernels() is not native:
+    if get_kernels() is not native or model.config.moe is None:
         return None
-    tensors = [*model.parameters(), *model.buffers()]
-    if not all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors):
+    if not all(tensor.is_cpu and tensor.is_contiguous() for tensor in _list_tensors(model)):
         return None
-    plain = [model.tok_embeddings.weight, model.norm.weight]
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return None
     layers = []
     for layer in model.layers:
-        weights = _list_weights(layer)
+        weights = _list_weights(layer, model.config)
         if weights is None:
             return None
         layers.append(weights)
+    plain = [model.tok_embeddings.weight, model.norm.weight]
+    for weights in layers:
         plain += [weights.attention_norm, weights.ffn_norm, weights.gate]
     dtypes = {tensor.dtype for tensor in plain}
-    num_experts = {len(weights.gate) for weights in layers}
-    if len(dtypes) != 1 or not dtypes <= set(native.TYPES) or len(num_experts) != 1:
+    if len(dtypes) != 1 or not dtypes <= set(native.TYPES):
         return None
     return NativeModel(model, layers)
 
 
-def _list_weights(layer: nn.Module) -> LayerWeights | None:
-    if type(layer) is not DecoderLayer:
+def _list_weights(layer: nn.Module, config: ModelConfig) -> LayerWeights | None:
+    """The weights of a layer whose parts are exactly those that the extension computes."""
+    if type(layer) is not DecoderLayer or type(layer.feed_forward) is not MoeLayer:
         return None
-    block = layer.feed_forward
-    if type(block) is not MoeLayer or type(block.gate) is not TopKRouter:
-        return None
-    attention = layer.attention
+    attention, block = layer.attention, layer.feed_forward
+    norms = (layer.attention_norm, layer.ffn_norm)
+    assert config.moe is not None
+    is_known = (
+        type(attention) is Attention
+        and type(block.gate) is TopKRouter
+        and all(type(norm) is RMSNorm and norm.eps == config.norm_eps for norm in norms)
+        and attention.window == config.sliding_window
+        and block.gate.num_experts_per_tok == config.moe.num_experts_per_tok
+        and len(block.gate.weight) == config.moe.num_experts
+    )
     matrices = [_find_weight(m) for m in (attention.wq, attention.wk, attention.wv, attention.wo)]
-    experts = block.experts
-    if type(experts) is GroupedExperts:
-        stacks: tuple[Weight, Weight, Weight] = (experts.w1, experts.w2, experts.w3)
-    elif type(experts) is QuantizedExperts:
-        stacks = (experts.w1.packed, experts.w2.packed, experts.w3.packed)
-    else:
-        return None
     wq, wk, wv, wo = matrices
-    if wq is None or wk is None or wv is None or wo is None:
+    stacks = _find_stacks(block.experts)
+    if not is_known or stacks is None or wq is None or wk is None or wv is None or wo is None:
         return None
     return LayerWeights(
         layer.attention_norm.weight,
@@ -136,6 +162,15 @@ def _list_weights(layer: nn.Module) -> LayerWeights | None:
         block.gate.weight,
         stacks,
     )
+
+
+def _find_stacks(experts: nn.Module) -> tuple[Weight, Weight, Weight] | None:
+    if type(experts) is GroupedExperts and experts.w1.dtype in native.TYPES:
+        return experts.w1, experts.w2, experts.w3
+    if type(experts) is not QuantizedExperts:
+        return None
+    w1, w2, w3 = experts.w1.packed, experts.w2.packed, experts.w3.packed
+    return (w1, w2, w3) if w1.group_size == w3.group_size else None
 
 
 def _find_weight(module: nn.Module) -> Weight | None:

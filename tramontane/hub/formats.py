@@ -10,17 +10,23 @@ from typing import Literal, get_args
 
 from tramontane.errors import CheckpointError, ConfigError
 
-Format = Literal["hf", "mistral", "gguf"]
+Format = Literal["hf", "quantized", "mistral", "gguf"]
 
 _WEIGHTS: dict[Format, re.Pattern[str]] = {
     "hf": re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors"),
+    "quantized": re.compile(r"quantized(-\d{5}-of-\d{5})?\.safetensors"),  # our own
     "mistral": re.compile(r"consolidated([-.]\d+(-of-\d+)?)?\.safetensors"),
     "gguf": re.compile(r"([^/]+/)*[^/]+\.gguf"),
 }
 # What a format cannot do without, and what else it reads.
-_CONFIG: dict[Format, str] = {"hf": "config.json", "mistral": "params.json"}
+_CONFIG: dict[Format, str] = {
+    "hf": "config.json",
+    "quantized": "config.json",
+    "mistral": "params.json",
+}
 _INDEX: dict[Format, str] = {
     "hf": "model.safetensors.index.json",
+    "quantized": "quantized.safetensors.index.json",
     "mistral": "consolidated.safetensors.index.json",
 }
 _SHARED = re.compile(
@@ -52,13 +58,14 @@ def parse_format(text: str) -> tuple[Format, str]:
     for known in get_args(Format):
         if name == known and (not part or known == "gguf"):
             return known, part
-    raise ConfigError(f"--format is {text!r}; it must be hf, mistral, gguf or gguf:PART_OF_A_NAME")
+    known_names = ", ".join(get_args(Format))
+    raise ConfigError(f"--format is {text!r}; it must be {known_names} or gguf:PART_OF_A_NAME")
 
 
 def choose_files(
     names: Collection[str], *, model: str, format: Format | None = None, part: str = ""
 ) -> Choice:
-    """The files of one format: the one asked for, or the first there is of hf, mistral and gguf.
+    """The files of one format: the one asked for, or the first there is of `Format`.
 
     `part` narrows several GGUF files down ("Q4_0"). Raises CheckpointError, naming `model`, if
     there are no such weights, not all of their parts, or several GGUF files to choose from.
@@ -146,9 +153,9 @@ def _explain_absence(
             "where that may happen (transformers: save_pretrained)"
         )
     return (
-        f"{model} has no weights that tramontane reads: looked for model*.safetensors with "
-        "config.json, consolidated*.safetensors with params.json, and *.gguf; found "
-        f"{_shorten(sorted(names)) or 'no files'}"
+        f"{model} has no weights that tramontane reads: looked for model*.safetensors or "
+        "quantized*.safetensors with config.json, consolidated*.safetensors with params.json, and "
+        f"*.gguf; found {_shorten(sorted(names)) or 'no files'}"
     )
 
 

@@ -2,11 +2,13 @@
 
 One binary holds them for AVX-512, AVX2 and any processor, and the best is chosen at run time;
 TRAMONTANE_ISA=avx2 or portable chooses another. They share torch's threads. What they do not
-compute (gradients, other devices and dtypes) goes to `fused`. Shapes as in `reference.py`.
+compute (gradients, other devices, dtypes and layouts) goes to `fused`, which refuses what does not
+fit together. Shapes as in `reference.py`.
 
 A row's bits depend neither on the rows that come with it nor on the number of threads.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +42,7 @@ __all__ = [
 ]
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}  # Type of csrc/kernels.h
-_OPENMP_NAMES = ("libgomp", "libiomp", "libomp")
+_TORCH_LIBRARIES = ("libtorch_cpu.so", "libtorch_cpu.dylib")  # what OpenMP they link, we use
 
 
 def is_available() -> bool:
@@ -63,10 +65,11 @@ def _set_up() -> None:
             f"TRAMONTANE_ISA is {name!r}; this processor runs {get_instruction_set()}, and there "
             "are avx512, avx2 and portable"
         )
-    maps = Path("/proc/self/maps")
-    paths = maps.read_text().split() if maps.exists() else []
-    libraries = {p for p in paths if Path(p).name.startswith(_OPENMP_NAMES) and "torch" in p}
-    any(_native.use_openmp(path) for path in sorted(libraries))
+    folder = Path(torch.__file__).parent / "lib"
+    if not any(_native.use_openmp(str(folder / name)) for name in _TORCH_LIBRARIES):
+        logging.getLogger(__name__).warning(
+            "native kernels run on one thread: torch has no OpenMP that they can share"
+        )
 
 
 _set_up()
@@ -74,7 +77,8 @@ _set_up()
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """See `reference.linear`."""
-    if not _runs_natively(x, weight):
+    fits = weight.dim() == 2 and x.shape[-1:] == weight.shape[1:]
+    if not (fits and _runs_natively(x, weight)):
         return fused.linear(x, weight)
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
     return _multiply(x, describe(weight), out)
@@ -82,7 +86,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def quantized_linear(x: Tensor, weight: PackedWeight) -> Tensor:
     """See `reference.quantized_linear`."""
-    if not _runs_natively(x):
+    if not (x.shape[-1] == weight.in_features and _runs_natively(x)):
         return fused.quantized_linear(x, weight)
     out = x.new_empty((*x.shape[:-1], weight.out_features))
     return _multiply(x, describe(weight), out)
@@ -91,11 +95,17 @@ def quantized_linear(x: Tensor, weight: PackedWeight) -> Tensor:
 def moe_experts(
     x: Tensor, weights: Tensor, experts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
 ) -> Tensor:
-    """See `reference.moe_experts`."""
-    if not _runs_natively(x, w1, w2, w3):
+    """See `reference.moe_experts`. Raises IndexError on an expert that there is not."""
+    num_experts, hidden_dim, dim = w1.shape
+    fits = (
+        w3.shape == w1.shape
+        and w2.shape == (num_experts, dim, hidden_dim)
+        and x.shape == (len(experts), dim)
+    )
+    if not (fits and _is_routing(weights, experts) and _runs_natively(x, w1, w2, w3)):
         return fused.moe_experts(x, weights, experts, w1, w2, w3)
     described = (describe(w1), describe(w2), describe(w3))
-    return _run_experts(x, weights, experts, described, num_experts=len(w1))
+    return _run_experts(x, weights, experts, described, num_experts=num_experts)
 
 
 def quantized_experts(
@@ -106,8 +116,14 @@ def quantized_experts(
     w2: PackedWeight,
     w3: PackedWeight,
 ) -> Tensor:
-    """See `reference.quantized_experts`."""
-    if not _runs_natively(x):
+    """See `reference.quantized_experts`. Raises IndexError on an expert that there is not."""
+    dim, hidden_dim = w1.in_features, w1.out_features
+    fits = (
+        (w3.in_features, w3.out_features, w3.group_size) == (dim, hidden_dim, w1.group_size)
+        and (w2.in_features, w2.out_features) == (hidden_dim, dim)
+        and x.shape == (len(experts), dim)
+    )
+    if not (fits and _is_routing(weights, experts) and _runs_natively(x)):
         return fused.quantized_experts(x, weights, experts, w1, w2, w3)
     described = (describe(w1), describe(w2), describe(w3))
     return _run_experts(x, weights, experts, described, num_experts=len(w1.qweight))
@@ -117,9 +133,10 @@ def top_k_router(
     x: Tensor, weight: Tensor, num_experts_per_tok: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.top_k_router`."""
-    if not _runs_natively(x, weight):
-        return fused.top_k_router(x, weight, num_experts_per_tok)
     (num_tokens, dim), num_experts = x.shape, len(weight)
+    fits = weight.shape[1:] == (dim,) and num_experts_per_tok <= num_experts
+    if not (fits and _runs_natively(x, weight)):
+        return fused.top_k_router(x, weight, num_experts_per_tok)
     weights = x.new_empty((num_tokens, num_experts_per_tok), dtype=torch.float32)
     experts = x.new_empty((num_tokens, num_experts_per_tok), dtype=torch.int64)
     logits = x.new_empty((num_tokens, num_experts), dtype=torch.float32)
@@ -133,7 +150,8 @@ def top_k_router(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `reference.rms_norm`."""
-    if not _runs_natively(x, weight):
+    fits = weight.shape == x.shape[-1:] and weight.dtype == x.dtype
+    if not (fits and _runs_natively(x, weight)):
         return fused.rms_norm(x, weight, eps)
     out, dim = torch.empty_like(x), x.shape[-1]
     _native.norm(
@@ -146,8 +164,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """See `reference.rotate`."""
     num_tokens, num_heads, head_dim = x.shape
-    is_ours = x.stride()[1:] == (head_dim, 1) and _runs_natively(x[:0], cos, sin)
-    if not is_ours:
+    fits = (
+        cos.shape == sin.shape == (num_tokens, head_dim // 2)
+        and head_dim % 2 == 0
+        and cos.dtype == sin.dtype == torch.float32
+        and x.stride()[1:] == (head_dim, 1)
+    )
+    if not (fits and _runs_natively(x[:1], cos, sin)):
         return fused.rotate(x, cos, sin)
     out = x.new_empty(x.shape)
     _native.rotate(
@@ -159,7 +182,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None) -> Tensor:
     """See `reference.causal_attention`."""
-    if not _attends_natively(q, k, v):
+    if not (len(q) <= k.shape[1] and _attends_natively(q, k, v)):
         return fused.causal_attention(q, k, v, window=window)
     out = torch.empty_like(q)
     _attend(q, k, v, out, window=window)
@@ -170,7 +193,7 @@ def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int], *, window: int | None = None
 ) -> Tensor:
     """See `reference.packed_attention`."""
-    if not _attends_natively(q, k, v):
+    if not (sum(seqlens) == len(q) == k.shape[1] and _attends_natively(q, k, v)):
         return fused.packed_attention(q, k, v, seqlens, window=window)
     out, start = torch.empty_like(q), 0
     for length in seqlens:
@@ -195,23 +218,46 @@ def _runs_natively(*tensors: Tensor) -> bool:
     return True
 
 
+def _is_routing(weights: Tensor, experts: Tensor) -> bool:
+    """Whether a router's choice is of the dtypes that the extension reads, and not to be learnt."""
+    return (
+        weights.shape == experts.shape
+        and weights.dtype == torch.float32
+        and experts.dtype == torch.int64
+        and weights.is_cpu
+        and experts.is_cpu
+        and not (weights.requires_grad and torch.is_grad_enabled())
+    )
+
+
 def _attends_natively(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """As `_runs_natively`; the heads of keys and values may be some tokens farther apart."""
-    _, num_keys, head_dim = k.shape
-    distance = k.stride(0)
-    is_laid_so = (
-        k.stride() == v.stride() == (distance, head_dim, 1)
-        and distance % head_dim == 0
-        and distance >= num_keys * head_dim
+    num_kv_heads, num_keys, head_dim = k.shape
+    step = _find_head_step(k)
+    fits = (
+        k.shape == v.shape
+        and q.shape[2] == head_dim
+        and num_kv_heads > 0
+        and q.shape[1] % num_kv_heads == 0
+        and k.dtype == v.dtype
+        and step == _find_head_step(v)
+        and k.stride()[1:] == v.stride()[1:] == (head_dim, 1)
+        and step % head_dim == 0
+        and step >= num_keys * head_dim
     )
-    return is_laid_so and k.dtype == v.dtype and _runs_natively(q, k[:1, :1], v[:1, :1])
+    return fits and _runs_natively(q, k[:1, :1], v[:1, :1])
+
+
+def _find_head_step(x: Tensor) -> int:
+    """Numbers from one head of (G, M, S) to the next; the stride of a single head says nothing."""
+    return x.stride(0) if len(x) > 1 else x.shape[1] * x.shape[2]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, window: int | None) -> None:
     num_queries, num_heads, head_dim = q.shape
     _native.attention(
         q.data_ptr(), TYPES[q.dtype], k.data_ptr(), v.data_ptr(), TYPES[k.dtype], num_queries,
-        k.shape[1], num_heads, k.shape[0], head_dim, k.stride(0) // head_dim, window or 0,
+        k.shape[1], num_heads, k.shape[0], head_dim, _find_head_step(k) // head_dim, window or 0,
         out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
 
@@ -219,6 +265,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, window: int | None)
 def describe(weight: Tensor | PackedWeight) -> "_native.Weight":
     """A matrix (N, M), or a stack of them, for the extension; the caller keeps its memory."""
     if isinstance(weight, PackedWeight):
+        _check_packed(weight)
         zeros = 0 if weight.zeros is None else weight.zeros.data_ptr()
         return _native.Weight(
             weight.qweight.data_ptr(), 0, weight.bits, weight.scales.data_ptr(), zeros,
@@ -228,10 +275,21 @@ def describe(weight: Tensor | PackedWeight) -> "_native.Weight":
     return _native.Weight(weight.data_ptr(), TYPES[weight.dtype], 0, 0, 0, num_rows, num_columns, 0)
 
 
+def _check_packed(weight: PackedWeight) -> None:
+    parts = [weight.qweight, weight.scales, *([] if weight.zeros is None else [weight.zeros])]
+    is_intact = weight.scales.dtype == torch.float16
+    if not is_intact or not all(part.is_cpu and part.is_contiguous() for part in parts):
+        raise ConfigError(
+            f"packed weights have scales in {weight.scales.dtype} on {weight.scales.device}; a "
+            "quantised model may not be cast or moved: load it again"
+        )
+
+
 def _multiply(x: Tensor, weight: "_native.Weight", out: Tensor) -> Tensor:
     if out.numel():
+        num_rows = out.numel() // out.shape[-1]
         _native.linear(
-            x.data_ptr(), TYPES[x.dtype], x.numel() // x.shape[-1], (weight,), (out.data_ptr(),),
+            x.data_ptr(), TYPES[x.dtype], num_rows, (weight,), (out.data_ptr(),),
             torch.get_num_threads(),
         )  # fmt: skip
     return out

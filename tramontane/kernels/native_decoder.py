@@ -102,6 +102,7 @@ class NativeDecoder:
     ) -> DecoderResults:
         """Tokens (T,) int64 of the sequences one after another; cos and sin (positions, S/2)."""
         num_tokens = len(tokens)
+        assert (tokens.dtype, tokens.is_contiguous()) == (torch.int64, True), tokens
         assert num_tokens == sum(cache.num_queries for cache in caches), (num_tokens, caches)
         assert max(cache.num_keys for cache in caches) <= len(cos), (caches, len(cos))
         slots = (self._num_layers, num_tokens, self._sizes.num_experts_per_tok)
