@@ -25,6 +25,7 @@ def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int], *, window: int | None = None
 ) -> Tensor:
     """See `reference.packed_attention`."""
+    assert sum(seqlens) == len(q) == k.shape[1], (seqlens, q.shape, k.shape)
     blocks = plan_attention(tuple(seqlens), 0, window, q.dtype, q.device)
     return _BlockAttention.apply(q, k, v, blocks)
 
