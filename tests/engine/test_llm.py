@@ -52,6 +52,16 @@ def test_a_list_gives_a_list_equal_to_each_alone(llm):
     assert llm.generate([], GREEDY) == []
 
 
+def test_time_in_each_part_of_the_model(folder, choose_kernels):
+    choose_kernels("native")
+    llm = LLM(folder)
+    assert set(llm.list_kernel_seconds().values()) == {0.0}
+    llm.generate("x", GREEDY)
+    assert llm.list_kernel_seconds()["experts"] > 0
+    choose_kernels("fused")
+    assert LLM(folder).list_kernel_seconds() == {}
+
+
 @pytest.mark.parametrize("budget", [16, 17, 512])
 def test_chunked_prefill_gives_the_same_answer(folder, llm, budget):
     prompt = "a long prompt that needs several chunks to run"

@@ -127,6 +127,10 @@ class LLM:
         """The model's configuration."""
         return self.model.config
 
+    def list_kernel_seconds(self) -> dict[str, float]:
+        """Seconds so far in each part of the model; empty unless it runs as one native call."""
+        return self._engine.list_kernel_seconds()
+
     @property
     def default_params(self) -> SamplingParams:
         """Our defaults, overridden by the folder's generation_config.json."""
