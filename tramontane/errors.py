@@ -9,7 +9,10 @@ TramontaneError
 |-- RequestError       a generation request is invalid (a parameter out of range, no prompt)
 |   `-- ContextError   prompt and answer do not fit the context length
 |-- StorageError       a file or folder cannot be written
-`-- CapacityError      memory or disk does not suffice
+|-- CapacityError      memory or disk does not suffice
+|   `-- OverloadError  as many requests wait as may; later there will be room
+`-- EngineError        a step of the engine failed (a defect of ours, not of the request)
+    `-- UnavailableError   the engine has stopped, or takes no more requests
 """
 
 
@@ -51,3 +54,15 @@ class StorageError(TramontaneError):
 
 class CapacityError(TramontaneError):
     """Memory or disk does not suffice."""
+
+
+class OverloadError(CapacityError):
+    """As many requests wait as may; the same request may be sent again later."""
+
+
+class EngineError(TramontaneError):
+    """A step of the engine failed; the cause is in the log."""
+
+
+class UnavailableError(EngineError):
+    """The engine has stopped, or takes no more requests."""

@@ -116,7 +116,7 @@ def test_experts_are_markers_outside_a_terminal(folder, answer, pipe, capsys, fl
     [
         (["--temperature", "nan"], "temperature is nan; it must be"),
         (["--top-p", "1.5"], "top_p is 1.5; it must be a number above 0, up to 1"),
-        (["--max-tokens", "0"], "max_tokens is 0; it must be a whole number from 1"),
+        (["--max-tokens=-1"], "max_tokens is -1; it must be a whole number from 0"),
         (["--stop", ""], "stop holds ''"),
         (["--experts=2"], "this model has the layers 0 to 1"),
     ],

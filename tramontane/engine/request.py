@@ -1,0 +1,28 @@
+"""What a caller asks of the engine: a prompt, and how to answer it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tramontane.engine.sampling_params import SamplingParams
+
+RoutingWanted = Literal["none", "answer", "all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt. `prompt_ids` may be any sequence of ids.
+
+    `starts_text`: the answer is a text of its own, as in a conversation, and not the continuation
+    of the prompt's: a vocabulary's space before the first word is dropped. `routing` asks for the
+    experts of each token that the answer's tokens come from, or of the prompt's too (which then
+    runs whole, whatever is cached of it). Requests of one `tenant` alone share cached prefixes.
+    `wants_embedding` asks for the mean of the prompt's final hidden states.
+    """
+
+    prompt_ids: Sequence[int]
+    params: SamplingParams
+    starts_text: bool = False
+    routing: RoutingWanted = "none"
+    tenant: str = ""
+    wants_embedding: bool = False
