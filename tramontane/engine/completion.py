@@ -95,9 +95,9 @@ class Completion:
 
 
 class ChoiceUpdate(NamedTuple):
-    """What is new in one of the answers of a request; the last one has its `completion`."""
+    """What is new in answer number `choice` of a request; its last update has the `completion`."""
 
-    index: int
+    choice: int
     pieces: list[TextPiece]
     completion: Completion | None = None
 
