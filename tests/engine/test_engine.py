@@ -1,58 +1,31 @@
 import pytest
 import torch
 
+from tests.engine.sequences import (
+    EOS,
+    GREEDY,
+    count_pool_bytes,
+    finish_all,
+    generate,
+    make_engine,
+    make_sequence,
+    make_sequences,
+    run_to_end,
+)
 from tests.oracles.hf import to_hf_model
 from tests.tiny import make_config, make_model, make_tokens
 from tramontane.engine import kv_cache
 from tramontane.engine.engine import Engine
+from tramontane.engine.limits import EngineLimits
 from tramontane.engine.sampling_params import SamplingParams
-from tramontane.engine.sequence import Sequence
-from tramontane.engine.text_output import TextOutput
 from tramontane.errors import (
     CapacityError,
     CheckpointError,
     ConfigError,
     ContextError,
+    EngineError,
     RequestError,
 )
-
-EOS = 2
-GREEDY = SamplingParams(temperature=0, max_tokens=12)
-
-
-class LetterDecoder:
-    """Token n is the letter n + 100."""
-
-    def push(self, token_id):
-        return chr(100 + token_id)
-
-    def finish(self):
-        return ""
-
-
-def make_sequence(
-    prompt, params=GREEDY, *, eos_ids=frozenset({EOS}), max_seq_len=256, routing=False
-):
-    return Sequence(
-        [int(token) for token in prompt], params,
-        text_output=TextOutput(LetterDecoder(), stop=params.stop),
-        eos_ids=eos_ids, max_seq_len=max_seq_len, collect_routing=routing,
-    )  # fmt: skip
-
-
-def finish_all(engine, *sequences):
-    for sequence in sequences:
-        engine.add(sequence)
-    while not all(sequence.is_finished for sequence in sequences):
-        engine.step()
-    assert engine.num_unfinished == 0
-    assert engine.num_cache_bytes == 0
-    return [sequence.build_completion() for sequence in sequences]
-
-
-def generate(model, prompt, params=GREEDY, **options):
-    [completion] = finish_all(Engine(model), make_sequence(prompt, params, **options))
-    return list(completion.token_ids)
 
 
 def generate_hf(hf_model, prompt, max_new_tokens):
@@ -81,7 +54,7 @@ def test_batch_of_ragged_prompts_equals_each_alone(budget, window):
     model = make_model(make_config(sliding_window=window))
     prompts = [make_tokens(length, seed=length) for length in (1, 3, 9, 20, 33, 5)]
     alone = [generate(model, prompt) for prompt in prompts]
-    engine = Engine(model, max_num_batched_tokens=budget, max_num_seqs=4)
+    engine = make_engine(model, max_num_batched_tokens=budget, max_num_seqs=4)
     together = finish_all(engine, *map(make_sequence, prompts))
     assert [list(completion.token_ids) for completion in together] == alone
 
@@ -92,7 +65,7 @@ def test_seed_gives_the_same_answer_in_any_company():
     prompt, others = make_tokens(6), [make_tokens(n, seed=n) for n in (2, 15, 40)]
     alone = generate(model, prompt, params)
     company = [make_sequence(p, SamplingParams(temperature=1, max_tokens=20)) for p in others]
-    crowd = finish_all(Engine(model), *company, make_sequence(prompt, params))
+    crowd = finish_all(make_engine(model), *company, make_sequence(prompt, params))
     assert list(crowd[-1].token_ids) == alone
     assert generate(model, prompt, params) == alone
 
@@ -101,7 +74,7 @@ def test_generation_stops_at_any_eos_and_keeps_its_id():
     model, prompt = make_model(), make_tokens(5)
     free = generate(model, prompt, eos_ids=frozenset())
     sequence = make_sequence(prompt, eos_ids=frozenset({free[3], 999}))
-    [completion] = finish_all(Engine(model), sequence)
+    [completion] = finish_all(make_engine(model), sequence)
     end = free.index(free[3]) + 1
     assert list(completion.token_ids) == free[:end]
     assert completion.finish_reason == "stop"
@@ -113,27 +86,29 @@ def test_stop_text_ends_the_answer_and_is_not_in_it():
     text = "".join(chr(100 + token) for token in generate(model, prompt))
     stop = text[4:6]
     params = SamplingParams(temperature=0, max_tokens=12, stop=stop)
-    [completion] = finish_all(Engine(model), make_sequence(prompt, params))
+    [completion] = finish_all(make_engine(model), make_sequence(prompt, params))
     assert completion.text == text[: text.index(stop)]
     assert completion.finish_reason == "stop"
 
 
 def test_max_tokens_and_a_full_context_end_with_length():
     model = make_model()
-    [completion] = finish_all(Engine(model), make_sequence(make_tokens(5), eos_ids=frozenset()))
+    [completion] = finish_all(make_engine(model), make_sequence(make_tokens(5), eos_ids=frozenset()))
     assert (completion.num_completion_tokens, completion.finish_reason) == (12, "length")
     sequence = make_sequence(make_tokens(5), eos_ids=frozenset(), max_seq_len=9)
-    [completion] = finish_all(Engine(model), sequence)
+    [completion] = finish_all(make_engine(model), sequence)
     assert (completion.num_completion_tokens, completion.finish_reason) == (4, "length")
     assert completion.num_prompt_tokens == 5
 
 
 def test_prompt_beyond_the_context_names_both_numbers():
+    """A12 at the engine."""
     with pytest.raises(ContextError, match=r"300 tokens.*holds 256"):
-        make_sequence(range(300))
+        make_sequence([1] * 300)
     with pytest.raises(ContextError):
-        make_sequence(range(256))
-    assert make_sequence(range(255)).max_len == 256
+        make_sequence([1] * 256)
+    assert make_sequence([1] * 255).max_len == 256
+    assert make_sequence([1] * 256, SamplingParams(max_tokens=0)).max_len == 256
 
 
 def test_prompt_without_tokens_is_refused():
@@ -144,8 +119,8 @@ def test_prompt_without_tokens_is_refused():
 @pytest.mark.parametrize("budget", [3, 512])
 def test_routing_covers_every_token_that_ran(budget):
     model, prompt = make_model(), make_tokens(7)
-    sequence = make_sequence(prompt, eos_ids=frozenset(), routing=True)
-    engine = Engine(model, max_num_batched_tokens=budget, max_num_seqs=1)
+    sequence = make_sequence(prompt, eos_ids=frozenset(), routing="all")
+    engine = make_engine(model, max_num_batched_tokens=budget, max_num_seqs=1)
     [completion] = finish_all(engine, sequence)
     tokens = torch.tensor([*prompt, *completion.token_ids[:-1]])
     with torch.inference_mode():
@@ -157,14 +132,14 @@ def test_routing_covers_every_token_that_ran(budget):
 
 def test_dense_models_have_no_routing():
     model = make_model(make_config(moe=None))
-    [completion] = finish_all(Engine(model), make_sequence(make_tokens(4), routing=True))
+    [completion] = finish_all(make_engine(model), make_sequence(make_tokens(4), routing="all"))
     assert completion.selected_experts is None
 
 
 def test_pieces_with_experts_come_when_the_token_has_run():
     model, prompt = make_model(), make_tokens(4)
-    sequence = make_sequence(prompt, eos_ids=frozenset(), routing=True)
-    engine = Engine(model)
+    sequence = make_sequence(prompt, eos_ids=frozenset(), routing="all")
+    engine = make_engine(model)
     engine.add(sequence)
     engine.step()
     assert sequence.take_pieces(with_experts=True) == []
@@ -184,7 +159,7 @@ def test_tokens_beyond_the_vocabulary_are_never_chosen():
     model, prompt = make_model(), make_tokens(4)
     with torch.no_grad():
         model.output.weight[100:] *= 100
-    engine = Engine(model, vocab_size=100)
+    engine = Engine(model, vocab_size=100, limits=EngineLimits(max_num_seqs=4))
     [completion] = finish_all(engine, make_sequence(prompt, eos_ids=frozenset()))
     assert max(completion.token_ids) < 100 <= max(generate(model, prompt))
 
@@ -192,7 +167,7 @@ def test_tokens_beyond_the_vocabulary_are_never_chosen():
 def test_abort_frees_the_cache_and_leaves_the_others():
     model = make_model()
     kept, dropped, waiting = (make_sequence(make_tokens(6, seed=s)) for s in range(3))
-    engine = Engine(model, max_num_seqs=2)
+    engine = make_engine(model, max_num_seqs=2)
     for sequence in (kept, dropped, waiting):
         engine.add(sequence)
     engine.step()
@@ -211,26 +186,31 @@ def test_nan_weights_are_reported_and_leave_nothing_behind(params):
     model = make_model()
     with torch.no_grad():
         model.layers[1].attention.wo.weight[0, 0] = float("nan")
-    engine, sequence = Engine(model), make_sequence(make_tokens(3), params)
-    engine.add(sequence)
+    engine, sequence = make_engine(model), make_sequence(make_tokens(3), params)
     with pytest.raises(CheckpointError, match="not finite"):
-        engine.step()
-    assert (engine.num_unfinished, engine.num_cache_bytes) == (0, 0)
-    assert sequence.is_finished
+        finish_all(engine, sequence)
+    assert sequence.build_completion().finish_reason == "error"
 
 
 def test_failed_allocation_names_the_bytes(monkeypatch):
     def refuse(*shape, **options):
         raise RuntimeError("not enough memory")
 
-    engine = Engine(make_model())
     monkeypatch.setattr(kv_cache.torch, "empty", refuse)
-    engine.add(make_sequence(make_tokens(4)))
-    with pytest.raises(CapacityError, match=r"16 tokens \(8192 bytes\)"):
-        engine.step()
+    with pytest.raises(CapacityError, match=r"64 tokens \(32768 bytes\)"):
+        make_engine(make_model(), kv_cache_memory_bytes=count_pool_bytes(make_model(), 4))
 
 
-@pytest.mark.parametrize("limits", [{"max_num_seqs": 0}, {"max_num_batched_tokens": 8}])
-def test_impossible_limits_are_refused(limits):
-    with pytest.raises(ConfigError, match="max_num_seqs is"):
-        Engine(make_model(), **limits)
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"max_num_seqs": 0}, "max_num_seqs is 0"),
+        ({"max_num_batched_tokens": 8}, "max_num_batched_tokens is 8"),
+        ({"max_waiting": 0}, "max_waiting is 0"),
+        ({"kv_cache_memory_bytes": 0}, "kv_cache_memory_bytes is 0"),
+        ({"max_num_drafts": 100}, "max_num_drafts is 100"),
+    ],
+)
+def test_impossible_limits_are_refused(limits, message):
+    with pytest.raises(ConfigError, match=message):
+        EngineLimits(**limits)

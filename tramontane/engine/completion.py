@@ -77,6 +77,7 @@ class Completion:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     embedding: np.ndarray | None = None
     error: TramontaneError | None = None
+    others: tuple["Completion", ...] = ()  # the further answers of a request for several
 
     @property
     def num_completion_tokens(self) -> int:

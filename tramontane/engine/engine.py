@@ -1,48 +1,31 @@
-"""The generation loop: choose tokens to run, run them in one forward pass, append what comes out.
+"""The loop of generation: choose tokens to run, run them in one forward pass, append what comes.
 
-Prompts run in chunks beside the decoding of other sequences, at most `max_num_batched_tokens` in
-one pass. A request that ends or is aborted leaves nothing behind.
+What goes wrong with one sequence ends that one, with its error; what goes wrong in a pass ends the
+sequences of that pass. The others go on, and no block of the cache is lost.
 """
 
-from collections import deque
-from collections.abc import Sequence as Items
-from contextlib import ExitStack
-from typing import NamedTuple
+import logging
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from tramontane.engine.kv_cache import KVCache, batch_layer_caches
-from tramontane.engine.native_model import build_native_model
-from tramontane.engine.sampler import Sampler
+from tramontane.engine.block_manager import BlockManager
+from tramontane.engine.kv_cache import KVPool, count_block_bytes
+from tramontane.engine.limits import EngineLimits, EngineStats
+from tramontane.engine.model_runner import ModelRunner
+from tramontane.engine.output_processor import OutputProcessor
+from tramontane.engine.scheduler import Scheduler
 from tramontane.engine.sequence import Sequence
-from tramontane.errors import CheckpointError, ConfigError
-from tramontane.models.transformer import ForwardOutput, Transformer
+from tramontane.errors import EngineError, TramontaneError
+from tramontane.models.transformer import Transformer
 
-MAX_NUM_BATCHED_TOKENS = 512
-MAX_NUM_SEQS = 16
-
-
-class _Running(NamedTuple):
-    """A sequence with what it holds while it runs."""
-
-    sequence: Sequence
-    cache: KVCache
-    sampler: Sampler
-
-
-class _Share(NamedTuple):
-    """How many of its next tokens a sequence runs in this pass."""
-
-    running: _Running
-    num_tokens: int
+_log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Runs the sequences that were added, `max_num_seqs` at a time, first come first served.
+    """Runs the sequences that were added, within `limits`, first come first served.
 
     Only the first `vocab_size` ids are ever chosen: a model's head may be padded beyond them.
+    Raises CapacityError if there is no memory for the cache.
     """
 
     def __init__(
@@ -50,152 +33,135 @@ class Engine:
         model: Transformer,
         *,
         vocab_size: int | None = None,
-        max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
-        max_num_seqs: int = MAX_NUM_SEQS,
+        limits: EngineLimits | None = None,
     ) -> None:
-        if not 1 <= max_num_seqs <= max_num_batched_tokens:
-            raise ConfigError(
-                f"max_num_seqs is {max_num_seqs} and max_num_batched_tokens is "
-                f"{max_num_batched_tokens}; both must be at least 1, and the first no larger"
-            )
-        self._model = model
-        self._native = build_native_model(model)
-        self._vocab_size = vocab_size or model.config.vocab_size
-        self._max_num_batched_tokens = max_num_batched_tokens
-        self._max_num_seqs = max_num_seqs
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[_Running] = []
+        self.limits = limits or EngineLimits()
+        config, weight = model.config, model.tok_embeddings.weight
+        self._blocks = BlockManager(
+            _count_blocks(model, self.limits),
+            window=config.sliding_window,
+            use_prefix_cache=self.limits.use_prefix_cache,
+        )
+        self._pool = KVPool(
+            config, self._blocks.num_blocks, dtype=weight.dtype, device=weight.device
+        )
+        self._runner = ModelRunner(model, self._pool, vocab_size=vocab_size or config.vocab_size)
+        self._scheduler = Scheduler(
+            self._blocks,
+            max_num_seqs=self.limits.max_num_seqs,
+            max_num_batched_tokens=self.limits.max_num_batched_tokens,
+            max_waiting=self.limits.max_waiting,
+        )
+        self._outputs = OutputProcessor(
+            self._scheduler,
+            self._blocks,
+            num_experts=config.moe.num_experts if config.moe else 0,
+            max_num_drafts=self.limits.max_num_drafts,
+            fail=self._fail,
+        )
 
     @property
     def num_unfinished(self) -> int:
         """Sequences that wait or run."""
-        return len(self._waiting) + len(self._running)
+        return self._scheduler.num_unfinished
 
-    def list_kernel_seconds(self) -> dict[str, float]:
-        """Seconds so far in each part of the model; empty unless it runs as one native call."""
-        return {} if self._native is None else self._native.list_seconds()
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait."""
+        return self._scheduler.num_waiting
 
     @property
     def num_cache_bytes(self) -> int:
-        """Bytes that the caches of the running sequences occupy."""
-        return sum(running.cache.num_bytes for running in self._running)
+        """Bytes of the blocks that sequences hold."""
+        num_held = self._blocks.num_blocks - self._blocks.num_free
+        return num_held * (self._pool.num_bytes // self._pool.num_blocks)
+
+    def list_kernel_seconds(self) -> dict[str, float]:
+        """Seconds so far in each part of the model; empty unless it runs as one native call."""
+        return self._runner.list_seconds()
+
+    def get_stats(self) -> EngineStats:
+        """What has been done so far."""
+        usage = 1 - self._blocks.num_free / self._blocks.num_blocks
+        return EngineStats(
+            num_running=len(self._scheduler.running),
+            num_waiting=self._scheduler.num_waiting,
+            kv_cache_usage=usage,
+            prefix_cache_queries=self._scheduler.num_prefix_queries,
+            prefix_cache_hits=self._scheduler.num_prefix_hits,
+            num_preemptions=self._scheduler.num_preemptions,
+            **self._outputs.list_counts(),
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if a block of the cache is lost or counted wrongly."""
+        self._blocks.check_integrity(self._scheduler.running)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; `step` brings it forward."""
-        self._waiting.append(sequence)
+        """Queue a sequence; `step` brings it and its siblings forward.
+
+        Raises CapacityError if it can never run, OverloadError if too many wait already.
+        """
+        if self.num_unfinished == 0:
+            self._runner.refresh()
+        self._scheduler.add(sequence)
+
+    def require_room(self, sequence: Sequence) -> None:
+        """Raise CapacityError if a sequence could never run; may be called from any thread."""
+        self._scheduler.require_room(sequence)
 
     def abort(self, sequence: Sequence) -> None:
-        """Forget a sequence and free its cache; nothing happens if it has finished."""
-        if sequence in self._waiting:
-            self._waiting.remove(sequence)
-        self._running = [r for r in self._running if r.sequence is not sequence]
-        if not sequence.is_finished:
-            sequence.finish("abort")
+        """Forget a sequence and free its blocks; nothing happens if it has finished.
+
+        Siblings that wait for it to run their prompt begin by themselves.
+        """
+        self._scheduler.remove(sequence)
+        if sequence.is_finished:
+            return
+        sequence.finish("abort")
+        if unborn := sequence.take_siblings():
+            unborn[0].siblings = unborn[1:]
+            self._scheduler.enqueue(unborn[0])
 
     @torch.inference_mode()
-    def step(self) -> None:
+    def step(self) -> list[Sequence]:
         """One forward pass; each sequence whose tokens have all run gets a new one.
 
-        Raises CheckpointError if the model's scores are not finite, and CapacityError if a cache
-        cannot be allocated. A pass that fails ends its sequences: their caches are half written.
+        Returns the sequences that something has happened to.
         """
-        shares = self._schedule()
-        with ExitStack() as undo:
-            for share in shares:
-                undo.callback(self.abort, share.running.sequence)
-            wants_routing = any(share.running.sequence.collect_routing for share in shares)
-            output = self._run_model(shares, with_routing=wants_routing)
-            self._record(shares, output if wants_routing else None)
-            self._append_tokens(shares, output.hidden)
-            undo.pop_all()
-        self._running = [r for r in self._running if not r.sequence.is_finished]
+        shares = self._scheduler.schedule()
+        if not shares:
+            return []
+        try:
+            self._pool.copy_blocks(self._blocks.take_copies())
+            given = self._runner.prepare(shares)
+            output = self._runner.run(given)
+        except Exception as error:  # whatever it is, those that were not in this pass go on
+            return [failed for sequence, _ in shares for failed in self._fail(sequence, error)]
+        return self._outputs.process(shares, given, output)
 
-    def _schedule(self) -> list[_Share]:
-        """Admit waiting sequences, then share out the pass: decoding first, long prompts last."""
-        while self._waiting and len(self._running) < self._max_num_seqs:
-            self._running.append(self._start(self._waiting[0]))
-            self._waiting.popleft()
-        room = self._max_num_batched_tokens
-        shares = []
-        for running in sorted(self._running, key=lambda r: r.sequence.num_pending_tokens):
-            num_tokens = min(running.sequence.num_pending_tokens, room)
-            if num_tokens:
-                shares.append(_Share(running, num_tokens))
-            room -= num_tokens
-        return shares
+    def _fail(self, sequence: Sequence, error: Exception) -> list[Sequence]:
+        """End a sequence, and siblings that have not begun, with an error; returns them.
 
-    def _start(self, sequence: Sequence) -> _Running:
-        if self._native is None or not self._native.is_current():
-            self._native = build_native_model(self._model)
-        weight, config = self._model.tok_embeddings.weight, self._model.config
-        cache = KVCache(
-            config, max_tokens=sequence.max_len, dtype=weight.dtype, device=weight.device
-        )
-        sampler = Sampler(
-            sequence.params,
-            prompt_ids=sequence.token_ids,
-            vocab_size=self._vocab_size,
-            device=weight.device,
-        )
-        return _Running(sequence, cache, sampler)
-
-    def _run_model(self, shares: Items[_Share], *, with_routing: bool) -> ForwardOutput:
-        tokens: list[int] = []
-        positions: list[int] = []
-        for (sequence, _, _), num_tokens in shares:
-            start = sequence.num_cached_tokens
-            positions += range(start, start + num_tokens)
-            tokens += sequence.token_ids[start : start + num_tokens]
-        caches = [running.cache for running, _ in shares]
-        seqlens = [num_tokens for _, num_tokens in shares]
-        device = self._model.tok_embeddings.weight.device
-        token_ids = torch.tensor(tokens, device=device)
-        if self._native is not None:
-            output = self._native.run(token_ids, seqlens, caches, with_routing=with_routing)
-            if output is not None:
-                return output
-        states = batch_layer_caches(caches, seqlens)
-        return self._model(token_ids, torch.tensor(positions, device=device), states)
-
-    def _record(self, shares: Items[_Share], output: ForwardOutput | None) -> None:
-        """Note what has run; `output` holds the routing, if it is wanted."""
-        experts = None if output is None else _stack_experts(output)
-        start = 0
-        for (sequence, _, _), num_tokens in shares:
-            mine = None
-            if experts is not None and sequence.collect_routing:
-                mine = experts[start : start + num_tokens]
-            sequence.advance(num_tokens, selected_experts=mine)
-            start += num_tokens
-
-    def _append_tokens(self, shares: Items[_Share], hidden: Tensor) -> None:
-        """Sample for the sequences that have run all their tokens; one transfer from the device."""
-        ready, rows, end = [], [], 0
-        for running, num_tokens in shares:
-            end += num_tokens
-            if running.sequence.num_pending_tokens == 0:
-                ready.append(running)
-                rows.append(end - 1)  # the last of its tokens predicts the next
-        if not ready:
-            return
-        last = hidden if len(rows) == len(hidden) else hidden[rows]
-        logits = self._model.compute_logits(last)[:, : self._vocab_size]  # (B, V)
-        chosen = [r.sampler.sample(row) for r, row in zip(ready, logits, strict=True)]
-        low, high = logits.aminmax()  # one pass; NaN wins over every number
-        is_finite = torch.isfinite(high - low)
-        *token_ids, ok = torch.stack([*chosen, is_finite.long()]).tolist()
-        if not ok:
-            raise CheckpointError(
-                "the model's scores are not finite (NaN or infinity); its weights are damaged, or "
-                "overflow in this dtype: load it again, or with dtype float32"
-            )
-        for running, token_id in zip(ready, token_ids, strict=True):
-            running.sequence.append_token(token_id)
+        One that we had not thought of becomes an EngineError, and goes to the log.
+        """
+        self._scheduler.remove(sequence)
+        if sequence.is_finished:
+            return []
+        if not isinstance(error, TramontaneError):
+            _log.error("a request failed", exc_info=error)
+            cause = f"{type(error).__name__}: {error}"
+            error = EngineError(f"the engine failed while it ran this request ({cause})")
+        failed = [sequence, *sequence.take_siblings()]
+        for one in failed:
+            one.finish("error", error)
+        return failed
 
 
-def _stack_experts(output: ForwardOutput) -> np.ndarray | None:
-    """The experts of all layers, (T, L, K) int16; None for a dense model."""
-    if not output.routing:
-        return None
-    experts = torch.stack([routing.experts for routing in output.routing], dim=1)
-    return experts.to(torch.int16).cpu().numpy()
+def _count_blocks(model: Transformer, limits: EngineLimits) -> int:
+    """Blocks for all sequences at full length, or as many as the memory allowed holds."""
+    config = model.config
+    longest = BlockManager(1, window=config.sliding_window).count_blocks(config.max_seq_len)
+    block_bytes = count_block_bytes(config, model.tok_embeddings.weight.dtype)
+    affordable = max(1, limits.kv_cache_memory_bytes // block_bytes)
+    return min(limits.max_num_seqs * longest, affordable)

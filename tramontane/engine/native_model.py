@@ -11,26 +11,39 @@ import torch
 from torch import Tensor, nn
 
 from tramontane.config import ModelConfig
-from tramontane.engine.kv_cache import KVCache
+from tramontane.engine.kv_cache import KVPool, PagedBatch
 from tramontane.errors import CapacityError
 from tramontane.kernels import native
 from tramontane.kernels.dispatch import get_kernels
-from tramontane.kernels.native_decoder import DecoderSizes, LayerWeights, NativeDecoder, Weight
-from tramontane.models.transformer import DecoderLayer, ForwardOutput, Transformer
+from tramontane.kernels.native_decoder import (
+    DecoderResults,
+    DecoderSizes,
+    LayerWeights,
+    NativeDecoder,
+    Weight,
+)
+from tramontane.models.transformer import DecoderLayer, Transformer
 from tramontane.nn.attention import Attention
 from tramontane.nn.experts import GroupedExperts
 from tramontane.nn.linear import Linear
 from tramontane.nn.moe import MoeLayer
 from tramontane.nn.norm import RMSNorm
 from tramontane.nn.rope import RopeAngles, compute_rope
-from tramontane.nn.router import Routing, TopKRouter
+from tramontane.nn.router import TopKRouter
 from tramontane.quant.modules import QuantizedExperts, QuantizedLinear
 
 
 class NativeModel:
     """Runs batches of sequences through `model`, whose weights the extension reads in place."""
 
-    def __init__(self, model: Transformer, layers: Sequence[LayerWeights]) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        layers: Sequence[LayerWeights],
+        *,
+        output: Weight,
+        num_choices: int,
+    ) -> None:
         config = model.config
         assert config.moe is not None
         self._model, self._config = model, config
@@ -48,37 +61,42 @@ class NativeModel:
             layers,
             tok_embeddings=model.tok_embeddings.weight,
             norm=model.norm.weight,
+            output=output,
+            num_choices=num_choices,
             eps=config.norm_eps,
         )
 
     def run(
         self,
         tokens: Tensor,
-        seqlens: Sequence[int],
-        caches: Sequence[KVCache],
+        pool: KVPool,
+        batch: PagedBatch,
         *,
-        with_routing: bool = True,
-    ) -> ForwardOutput | None:
-        """tokens (T,), T = sum(seqlens), one cache per sequence. None: this batch is not for it."""
-        pairs = list(zip(caches, seqlens, strict=True))
-        has_room = all(cache.has_room(num_tokens) for cache, num_tokens in pairs)
-        was_moved = self._first.data_ptr() != self._state[0].address
-        if not has_room or was_moved:
+        rows: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> DecoderResults | None:
+        """See `NativeDecoder.run`. None: the model has moved since, and this is not for it.
+
+        Raises CapacityError if there is no memory for so many tokens.
+        """
+        if self._first.data_ptr() != self._state[0].address:
             return None
-        located = [cache.locate(num_tokens) for cache, num_tokens in pairs]
-        rope = self._find_rope(max(cache.num_keys for cache in located))
+        rope = self._find_rope(int(batch.num_keys.max()))
         try:
-            results = self._decoder.run(tokens, located, *rope)
+            return self._decoder.run(
+                tokens,
+                pool.locate(),
+                batch.num_queries,
+                batch.num_keys,
+                batch.block_tables,
+                *rope,
+                rows=rows,
+                counts=counts,
+            )
         except MemoryError as error:
             raise CapacityError(
                 f"no memory to run {len(tokens)} tokens at once; lower max_num_batched_tokens"
             ) from error
-        for cache, num_tokens in pairs:
-            cache.advance(num_tokens)
-        if not with_routing:
-            return ForwardOutput(results.hidden, ())
-        routing = zip(results.weights, results.experts, results.logits, strict=True)
-        return ForwardOutput(results.hidden, tuple(Routing(*layer) for layer in routing))
 
     def is_current(self) -> bool:
         """Whether the model still has the weights it had, where they were."""
@@ -112,8 +130,13 @@ def _list_state(model: nn.Module) -> list[_TensorState]:
     return [_TensorState(t.data_ptr(), t.dtype, t.shape) for t in _list_tensors(model)]
 
 
-def build_native_model(model: Transformer) -> NativeModel | None:
-    """The model for the extension, or None if a part of it is none of those it has."""
+def build_native_model(
+    model: Transformer, *, num_choices: int | None = None
+) -> NativeModel | None:
+    """The model for the extension, or None if a part of it is none of those it has.
+
+    Of the scores of the next token, the first `num_choices` count (None: all).
+    """
     if get_kernels() is not native or model.config.moe is None:
         return None
     if not all(tensor.is_cpu and tensor.is_contiguous() for tensor in _list_tensors(model)):
@@ -126,13 +149,17 @@ def build_native_model(model: Transformer) -> NativeModel | None:
         if weights is None:
             return None
         layers.append(weights)
+    output = _find_weight(model.output)
+    if output is None:
+        return None
     plain = [model.tok_embeddings.weight, model.norm.weight]
     for weights in layers:
         plain += [weights.attention_norm, weights.ffn_norm, weights.gate]
     dtypes = {tensor.dtype for tensor in plain}
     if len(dtypes) != 1 or not dtypes <= set(native.TYPES):
         return None
-    return NativeModel(model, layers)
+    num_choices = num_choices or model.config.vocab_size
+    return NativeModel(model, layers, output=output, num_choices=num_choices)
 
 
 def _list_weights(layer: nn.Module, config: ModelConfig) -> LayerWeights | None:

@@ -15,9 +15,9 @@ class Request:
 
     `starts_text`: the answer is a text of its own, as in a conversation, and not the continuation
     of the prompt's: a vocabulary's space before the first word is dropped. `routing` asks for the
-    experts of each token that the answer's tokens come from, or of the prompt's too (which then
-    runs whole, whatever is cached of it). Requests of one `tenant` alone share cached prefixes.
-    `wants_embedding` asks for the mean of the prompt's final hidden states.
+    experts of the answer's tokens, or of the prompt's too (which then runs whole, whatever is kept
+    of it). Only requests of one `tenant` share what is kept of their prompts. `wants_embedding`
+    asks for the mean of the prompt's final hidden states.
     """
 
     prompt_ids: Sequence[int]

@@ -1,0 +1,214 @@
+"""A request is answered as if it were alone, whatever runs beside it (rows E01, E12, E30, K01, A04).
+
+With the native kernels the log-probabilities are the same bits too; torch's own sums may depend on
+the number of rows, and there the tokens are compared.
+"""
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.engine.sequences import (
+    count_pool_bytes,
+    finish_all,
+    make_engine,
+    make_sequence,
+    make_sequences,
+)
+from tests.tiny import make_config, make_model, make_tokens
+from tramontane.engine.completion import Completion
+from tramontane.engine.sampling_params import SamplingParams
+from tramontane.models.transformer import Transformer
+
+PARAMS = [
+    SamplingParams(temperature=0, max_tokens=14, logprobs=2),
+    SamplingParams(temperature=0.9, top_p=0.9, seed=5, max_tokens=20, logprobs=0),
+    SamplingParams(temperature=1, top_k=7, repetition_penalty=1.3, seed=6, max_tokens=9, logprobs=1),
+    SamplingParams(temperature=0, max_tokens=17, experts_per_token=1, logprobs=1),
+    SamplingParams(temperature=0, max_tokens=6, experts_per_token=4, logprobs=1),
+    SamplingParams(temperature=0.7, min_p=0.1, presence_penalty=0.5, seed=1, max_tokens=15,
+                   logprobs=3, prompt_logprobs=1),
+]  # fmt: skip
+PROMPTS = [make_tokens(length, seed=length).tolist() for length in (3, 40, 16, 17, 33, 8, 5, 31)]
+
+
+@pytest.fixture(params=["native", "fused"])
+def kernels(request, choose_kernels: Callable[[str], None]) -> str:
+    choose_kernels(request.param)
+    return request.param
+
+
+def ask(number: int) -> tuple[list[int], SamplingParams]:
+    return PROMPTS[number % len(PROMPTS)], PARAMS[number % len(PARAMS)]
+
+
+def run_alone(model: Transformer, count: int) -> list[Completion]:
+    engine = make_engine(model, use_prefix_cache=False)
+    return [finish_all(engine, make_sequence(*ask(i)))[0] for i in range(count)]
+
+
+def assert_equal(ours: list[Completion], theirs: list[Completion], *, bits: bool) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.finish_reason == other.finish_reason
+        if bits:
+            assert one.logprobs == other.logprobs
+            assert one.prompt_logprobs == other.prompt_logprobs
+
+
+@pytest.mark.parametrize("budget", [32, 37, 64, 512])
+@pytest.mark.parametrize("window", [None, 24])
+def test_a_crowd_of_32_answers_as_each_alone(budget, window, kernels):
+    """E01: batch 32, chunks of any size."""
+    model = make_model(make_config(sliding_window=window))
+    alone = run_alone(model, 32)
+    engine = make_engine(model, max_num_batched_tokens=budget, max_num_seqs=32)
+    crowd = finish_all(engine, *(make_sequence(*ask(i)) for i in range(32)))
+    assert_equal(crowd, alone, bits=kernels == "native")
+
+
+def test_forced_preemption_changes_nothing(kernels):
+    """E01, E12: half of the blocks that are needed."""
+    model = make_model()
+    alone = run_alone(model, 24)
+    engine = make_engine(
+        model, max_num_seqs=24, kv_cache_memory_bytes=count_pool_bytes(model, 24)
+    )
+    crowd = finish_all(engine, *(make_sequence(*ask(i)) for i in range(24)))
+    assert engine.get_stats().num_preemptions > 0
+    assert_equal(crowd, alone, bits=kernels == "native")
+
+
+@pytest.mark.parametrize("length", [15, 16, 17, 31, 32, 33])
+def test_a_kept_prefix_changes_nothing(length, kernels):
+    """K01: the second request finds the blocks of the first."""
+    model = make_model()
+    params = SamplingParams(temperature=0, max_tokens=20, logprobs=1)
+    prompt = make_tokens(length, seed=1).tolist()
+    engine = make_engine(model)
+    for tail in ([], [7], [7, 9], list(range(20))):
+        expected = finish_all(
+            make_engine(model, use_prefix_cache=False), make_sequence(prompt + tail, params)
+        )
+        found = finish_all(engine, make_sequence(prompt + tail, params))
+        assert_equal(found, expected, bits=kernels == "native")
+        num_full = (length + len(tail) - 1) // 16 * 16
+        assert found[0].num_cached_tokens == (min(length // 16 * 16, num_full) if tail else 0)
+
+
+def test_several_answers_to_one_prompt_are_those_of_each_seed(kernels):
+    model, prompt = make_model(), PROMPTS[1]
+    params = {"temperature": 0.9, "max_tokens": 10, "logprobs": 1}
+    alone = [
+        finish_all(make_engine(model), make_sequence(prompt, SamplingParams(seed=3 + i, **params)))
+        for i in range(5)
+    ]
+    for limits in ({}, {"max_num_seqs": 2, "max_num_batched_tokens": 16}):
+        sequences = make_sequences(prompt, SamplingParams(seed=3, n=5, **params))
+        engine = make_engine(model, **limits)
+        engine.add(sequences[0])
+        while engine.num_unfinished:
+            engine.step()
+            engine.check_integrity()
+        answers = [sequence.build_completion() for sequence in sequences]
+        assert [answer.index for answer in answers] == list(range(5))
+        assert_equal(answers, [a for [a] in alone], bits=kernels == "native")
+
+
+def test_drafts_change_nothing(kernels):
+    """Texts that repeat themselves, with and without guessing ahead."""
+    model = make_model()
+    prompt = [5, 6, 7, 8] * 6
+    for params in (
+        SamplingParams(temperature=0, max_tokens=60, logprobs=1),
+        SamplingParams(temperature=0.3, seed=2, max_tokens=60, logprobs=1),
+        SamplingParams(temperature=0.3, seed=2, max_tokens=60, frequency_penalty=0.4, logprobs=1),
+    ):
+        plain = finish_all(
+            make_engine(model),
+            make_sequence(prompt, params, routing="all"),
+        )
+        engine = make_engine(model, max_num_drafts=8)
+        drafted = finish_all(engine, make_sequence(prompt, params, routing="all"))
+        assert_equal(drafted, plain, bits=kernels == "native")
+        assert drafted[0].selected_experts.tolist() == plain[0].selected_experts.tolist()
+        stats = engine.get_stats()
+        assert stats.num_accepted_drafts <= stats.num_drafts
+
+
+def test_right_guesses_save_passes(choose_kernels):
+    """A greedy answer that goes in circles is guessed."""
+    choose_kernels("native")
+    model, params = make_model(), SamplingParams(temperature=0, max_tokens=150)
+    engines = [make_engine(model), make_engine(model, max_num_drafts=8)]
+    answers = [
+        finish_all(engine, make_sequence(PROMPTS[0], params, eos_ids=frozenset()))[0]
+        for engine in engines
+    ]
+    assert answers[0].token_ids == answers[1].token_ids
+    without, with_drafts = (engine.get_stats() for engine in engines)
+    assert with_drafts.num_accepted_drafts > 0
+    assert with_drafts.num_passes == without.num_passes - with_drafts.num_accepted_drafts
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_schedules_equal_one_at_a_time(seed, choose_kernels):
+    check_random_schedules(seed, choose_kernels, count=20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6, 31))
+def test_1000_random_schedules_equal_one_at_a_time(seed, choose_kernels):
+    """E01, A04: 25 x 40 requests that come and go, in engines of all sizes."""
+    check_random_schedules(seed, choose_kernels, count=40)
+
+
+def check_random_schedules(seed: int, choose_kernels: Callable[[str], None], *, count: int) -> None:
+    choose_kernels("native")
+    rng = random.Random(seed)
+    model = make_model(make_config(sliding_window=rng.choice([None, 20])))
+    alone = run_alone(model, count)
+    engine = make_engine(
+        model,
+        max_num_seqs=rng.randint(1, 12),
+        max_num_batched_tokens=rng.randint(12, 100),
+        kv_cache_memory_bytes=count_pool_bytes(model, rng.randint(8, 40)),
+        max_num_drafts=rng.choice([0, 4]),
+    )
+    waiting = list(range(count))
+    rng.shuffle(waiting)
+    sequences, disturbers = {}, []
+    while waiting or engine.num_unfinished:
+        if waiting and rng.random() < 0.5:
+            number = waiting.pop()
+            sequences[number] = make_sequence(*ask(number))
+            engine.add(sequences[number])
+        if rng.random() < 0.2:
+            disturbers.append(make_sequence(make_tokens(rng.randint(1, 50), seed=rng.randint(0, 9))))
+            engine.add(disturbers[-1])
+        if disturbers and rng.random() < 0.2:
+            engine.abort(rng.choice(disturbers))
+        engine.step()
+        engine.check_integrity()
+    assert engine.num_cache_bytes == 0
+    found = [sequences[i].build_completion() for i in range(count)]
+    assert_equal(found, alone, bits=True)
+
+
+@torch.inference_mode()
+def test_paged_logprobs_are_those_of_the_whole_sequence(choose_kernels):
+    """The paged cache against no cache at all: the same bits."""
+    choose_kernels("native")
+    model, prompt = make_model(), PROMPTS[1]
+    params = SamplingParams(temperature=0, max_tokens=10, logprobs=0, prompt_logprobs=0)
+    [answer] = finish_all(make_engine(model), make_sequence(prompt, params))
+    tokens = torch.tensor([*prompt, *answer.token_ids])
+    hidden = model.forward_packed(tokens, [len(tokens)]).hidden
+    scores = torch.log_softmax(model.compute_logits(hidden), dim=-1)
+    assert answer.prompt_logprobs is not None
+    assert answer.logprobs is not None
+    known = [*answer.prompt_logprobs[1:], *answer.logprobs]
+    expected = scores[:-1].gather(1, tokens[1:, None]).squeeze(1).tolist()
+    assert [item.logprob for item in known if item] == expected

@@ -1,0 +1,157 @@
+"""One forward pass over the tokens that the scheduler chose, and the scores of those that need any.
+
+Shapes: T tokens of the pass, B sequences, R rows of scores, V vocabulary, L layers, K experts per
+token, D dim.
+"""
+
+from collections.abc import Sequence as Items
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tramontane.engine.kv_cache import KVPool, PagedBatch, build_layer_states
+from tramontane.engine.native_model import build_native_model
+from tramontane.engine.scheduler import Share
+from tramontane.models.transformer import Transformer
+
+
+class PassInput(NamedTuple):
+    """What runs: tokens (T,), `rows` (R,) the tokens whose scores are wanted, counts (T,) or None.
+
+    `first_rows[i]` and `num_rows[i]` are share i's part of the rows. All int64.
+    """
+
+    tokens: Tensor
+    batch: PagedBatch
+    rows: Tensor
+    counts: Tensor | None
+    first_rows: list[int]
+    num_rows: list[int]
+
+
+class PassOutput(NamedTuple):
+    """Of each row: logits (R, V) fp32, the id of the best score, and whether all are finite.
+
+    Of each token: the final hidden state (T, D), and experts and weights (L, T, K) of a sparse
+    model.
+    """
+
+    logits: Tensor
+    best: list[int]
+    is_finite: list[bool]
+    hidden: Tensor
+    experts: Tensor | None
+    weights: Tensor | None
+
+
+class ModelRunner:
+    """Runs `model` on the blocks of `pool`. Only the first `vocab_size` ids get scores."""
+
+    def __init__(self, model: Transformer, pool: KVPool, *, vocab_size: int) -> None:
+        self._model, self._pool, self._vocab_size = model, pool, vocab_size
+        self._native = build_native_model(model, num_choices=vocab_size)
+        self._device = model.tok_embeddings.weight.device
+
+    def list_seconds(self) -> dict[str, float]:
+        """Seconds so far in each part of the model; empty unless it runs as one native call."""
+        return {} if self._native is None else self._native.list_seconds()
+
+    def refresh(self) -> None:
+        """Notice that the model has got other weights, in training for example."""
+        if self._native is None or not self._native.is_current():
+            self._native = build_native_model(self._model, num_choices=self._vocab_size)
+
+    def prepare(self, shares: Items[Share]) -> PassInput:
+        """Lay out the tokens of these shares, and see which of them need scores."""
+        tokens: list[int] = []
+        rows: list[int] = []
+        first_rows, num_rows = [], []
+        for sequence, num_tokens in shares:
+            start = sequence.num_computed_tokens
+            num_real = min(num_tokens, sequence.num_pending_tokens)
+            tokens += sequence.token_ids[start : start + num_real]
+            tokens += sequence.draft_ids[: num_tokens - num_real]
+            count = sequence.count_rows(num_tokens)
+            first_rows.append(len(rows))
+            num_rows.append(count)
+            rows += range(len(tokens) - count, len(tokens))
+        return PassInput(
+            self._tensor(tokens),
+            self._build_batch(shares),
+            self._tensor(rows),
+            self._count_experts(shares),
+            first_rows,
+            num_rows,
+        )
+
+    def run(self, given: PassInput) -> PassOutput:
+        """One pass. Raises CapacityError if there is no memory for it."""
+        if self._native is not None:
+            output = self._run_natively(given)
+            if output is not None:
+                return output
+        batch = given.batch
+        states = build_layer_states(self._pool, batch)
+        spans = zip(batch.num_queries.tolist(), batch.num_keys.tolist(), strict=True)
+        positions = torch.cat([torch.arange(end - n, end, device=self._device) for n, end in spans])
+        output = self._model(given.tokens, positions, states, experts_per_token=given.counts)
+        logits = self._model.compute_logits(output.hidden[given.rows])[:, : self._vocab_size]
+        low, high = logits.aminmax(dim=1)  # NaN wins over every number
+        experts = weights = None
+        if output.routing:
+            experts = torch.stack([routing.experts for routing in output.routing])
+            weights = torch.stack([routing.weights for routing in output.routing])
+        return PassOutput(
+            logits,
+            logits.argmax(dim=1).tolist(),
+            torch.isfinite(high - low).tolist(),
+            output.hidden,
+            experts,
+            weights,
+        )
+
+    def _run_natively(self, given: PassInput) -> PassOutput | None:
+        assert self._native is not None
+        found = self._native.run(
+            given.tokens, self._pool, given.batch, rows=given.rows, counts=given.counts
+        )
+        if found is None:
+            return None
+        return PassOutput(
+            found.logits[:, : self._vocab_size],
+            found.best.tolist(),
+            found.is_finite.tolist(),
+            found.hidden,
+            found.experts,
+            found.weights,
+        )
+
+    def _build_batch(self, shares: Items[Share]) -> PagedBatch:
+        longest = max(len(sequence.block_table) for sequence, _ in shares)
+        tables = np.zeros((len(shares), longest), dtype=np.int64)
+        for row, (sequence, _) in zip(tables, shares, strict=True):
+            row[: len(sequence.block_table)] = sequence.block_table
+        num_queries = [num_tokens for _, num_tokens in shares]
+        num_keys = [sequence.num_computed_tokens + n for sequence, n in shares]
+        return PagedBatch(
+            torch.from_numpy(tables).to(self._device),
+            self._tensor(num_queries),
+            self._tensor(num_keys),
+        )
+
+    def _count_experts(self, shares: Items[Share]) -> Tensor | None:
+        """How many experts each token runs through, None if it is the model's own number for all."""
+        asked = [sequence.params.experts_per_token for sequence, _ in shares]
+        if not any(asked):
+            return None
+        moe = self._model.config.moe
+        assert moe is not None, asked
+        counts: list[int] = []
+        for count, (_, num_tokens) in zip(asked, shares, strict=True):
+            counts += [count or moe.num_experts_per_tok] * num_tokens
+        return self._tensor(counts)
+
+    def _tensor(self, numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=self._device)
