@@ -2,10 +2,13 @@
 
 Lines in are cases ("prefill 512", "decode 8"), lines out are tokens per second. A prefill is the
 time to the first token of a prompt of that length; a decode is the rate of 64 tokens for so many
-sequences at once, after prompts of about 100 tokens.
+sequences at once, after prompts of about 100 tokens. "mixed 32" is the rate of 64 tokens for 32
+requests that come at once, with prompts of 16 to 256 tokens, those included in the time; in
+"shared 32" the first 128 tokens of all prompts are the same.
 """
 
 import json
+import random
 import sys
 import time
 from importlib import import_module
@@ -31,6 +34,8 @@ CONTENDERS = {
     "tramontane int8": Contender("tramontane_llm", "int8", 34 / 32),
     "tramontane int4": Contender("tramontane_llm", "int4", 18 / 32),
     "transformers bf16": Contender("transformers_model", "bfloat16", 2),
+    "transformers bf16, batching": Contender("transformers_batching", "bfloat16", 2),
+    "transformers fp32, batching": Contender("transformers_batching", "float32", 4),
     "transformers fp32": Contender("transformers_model", "float32", 4),
     "llama.cpp BF16": Contender("llama_cpp_model", "BF16", 2),
     "llama.cpp Q8_0": Contender("llama_cpp_model", "Q8_0", 34 / 32),
@@ -44,10 +49,26 @@ def measure(runner: Any, case: str) -> float:
     if kind == "prefill":
         prompt = runner.encode(OPENING * int(number))[: int(number)]
         return len(prompt) / _time(runner, [prompt], 1)[0]
+    if kind in ("mixed", "shared"):
+        prompts = _list_prompts(runner, int(number), is_shared=kind == "shared")
+        seconds, made = _time(runner, prompts, NUM_TOKENS)
+        return made / seconds
     prompts = [runner.encode(OPENING * 6)] * int(number)
     before, first = _time(runner, prompts, 1)
     seconds, made = _time(runner, prompts, 1 + NUM_TOKENS)
     return (made - first) / (seconds - before)
+
+
+def _list_prompts(runner: Any, count: int, *, is_shared: bool) -> list[list[int]]:
+    """Prompts of 16 to 256 tokens, each another part of one text."""
+    text = runner.encode(OPENING * 400)
+    rng = random.Random(0)
+    prompts = []
+    for i in range(count):
+        length = rng.randint(16, 256)
+        own = [1000 + i, *text[i : i + length - 1]]
+        prompts.append((text[:128] if is_shared else []) + own)
+    return prompts
 
 
 def _time(runner: Any, prompts: list[list[int]], num_tokens: int) -> tuple[float, int]:

@@ -10,89 +10,22 @@ Hugging Face folder and as GGUF. llama.cpp takes part if llama-cpp-python is ins
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from contenders import CONTENDERS
 from machine import describe_machine, measure_matmul_rate, measure_read_rate, print_table
 from random_models import SIZES, write_model
+from workers import Worker, choose_contenders, find_folder
 
 from tramontane import LLM, SamplingParams
 from tramontane.checkpoint.loader import load_config
 
 BUNDLED = Path(__file__).parents[1] / "tramontane" / "assets"
 CASES = ("prefill 512", "prefill 2048", "decode 1", "decode 8")
-
-
-class Worker:
-    """A contender in its own process, which answers one line with one."""
-
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name = name
-        self.figures: dict[str, list[float]] = {}
-        command = [
-            sys.executable,
-            str(Path(__file__).with_name("contenders.py")),
-            name,
-            str(folder),
-        ]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.loaded = self._read()
-
-    def measure(self, case: str) -> None:
-        """Add one figure, in tokens per second."""
-        assert self._process.stdin is not None
-        print(case, file=self._process.stdin, flush=True)
-        self.figures.setdefault(case, []).append(self._read()["rate"])
-
-    def _read(self) -> dict[str, float]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.name} has ended; its message is above")
-        answer: dict[str, float] = json.loads(line)
-        return answer
-
-    def close(self) -> int:
-        """End the process; the most bytes it has occupied."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        peak = int(self._read()["peak"])
-        self._process.wait()
-        return peak
-
-    def median(self, case: str) -> float:
-        """Tokens per second."""
-        return statistics.median(self.figures[case])
-
-
-@contextmanager
-def find_folder(folder: Path | None) -> Iterator[Path]:
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        yield Path(temporary)
-
-
-def choose_contenders(wanted: list[str] | None) -> list[str]:
-    names = wanted or list(CONTENDERS)
-    if find_spec("llama_cpp") is None and any(name.startswith("llama.cpp") for name in names):
-        print("llama-cpp-python is not installed: without llama.cpp", file=sys.stderr)
-        names = [name for name in names if not name.startswith("llama.cpp")]
-    return names
 
 
 def measure_limits() -> dict[str, float]:
@@ -158,7 +91,7 @@ def print_profile(size: str, model: Path) -> None:
     """Where the time of decoding and of a prompt goes, in ms per step, and what stands around."""
     rows = []
     for quant in (None, "int8", "int4"):
-        llm = LLM(model, quant=quant)
+        llm = LLM(model, quant=quant, use_prefix_cache=False)
         for case, prompt, num_tokens in (
             ("prompt of 500", "Once upon a time " * 100, 1), ("decode", "Once", 64)
         ):  # fmt: skip

@@ -9,8 +9,6 @@ from tests.engine.sequences import (
     generate,
     make_engine,
     make_sequence,
-    make_sequences,
-    run_to_end,
 )
 from tests.oracles.hf import to_hf_model
 from tests.tiny import make_config, make_model, make_tokens
@@ -23,7 +21,6 @@ from tramontane.errors import (
     CheckpointError,
     ConfigError,
     ContextError,
-    EngineError,
     RequestError,
 )
 
@@ -93,7 +90,9 @@ def test_stop_text_ends_the_answer_and_is_not_in_it():
 
 def test_max_tokens_and_a_full_context_end_with_length():
     model = make_model()
-    [completion] = finish_all(make_engine(model), make_sequence(make_tokens(5), eos_ids=frozenset()))
+    [completion] = finish_all(
+        make_engine(model), make_sequence(make_tokens(5), eos_ids=frozenset())
+    )
     assert (completion.num_completion_tokens, completion.finish_reason) == (12, "length")
     sequence = make_sequence(make_tokens(5), eos_ids=frozenset(), max_seq_len=9)
     [completion] = finish_all(make_engine(model), sequence)

@@ -1,4 +1,4 @@
-"""A request is answered as if it were alone, whatever runs beside it (rows E01, E12, E30, K01, A04).
+"""A request is answered as if alone, whatever runs beside it (rows E01, E12, E30, K01, A04).
 
 With the native kernels the log-probabilities are the same bits too; torch's own sums may depend on
 the number of rows, and there the tokens are compared.
@@ -25,7 +25,8 @@ from tramontane.models.transformer import Transformer
 PARAMS = [
     SamplingParams(temperature=0, max_tokens=14, logprobs=2),
     SamplingParams(temperature=0.9, top_p=0.9, seed=5, max_tokens=20, logprobs=0),
-    SamplingParams(temperature=1, top_k=7, repetition_penalty=1.3, seed=6, max_tokens=9, logprobs=1),
+    SamplingParams(temperature=1, top_k=7, repetition_penalty=1.3, seed=6, max_tokens=9,
+                   logprobs=1),
     SamplingParams(temperature=0, max_tokens=17, experts_per_token=1, logprobs=1),
     SamplingParams(temperature=0, max_tokens=6, experts_per_token=4, logprobs=1),
     SamplingParams(temperature=0.7, min_p=0.1, presence_penalty=0.5, seed=1, max_tokens=15,
@@ -73,9 +74,7 @@ def test_forced_preemption_changes_nothing(kernels):
     """E01, E12: half of the blocks that are needed."""
     model = make_model()
     alone = run_alone(model, 24)
-    engine = make_engine(
-        model, max_num_seqs=24, kv_cache_memory_bytes=count_pool_bytes(model, 24)
-    )
+    engine = make_engine(model, max_num_seqs=24, kv_cache_memory_bytes=count_pool_bytes(model, 24))
     crowd = finish_all(engine, *(make_sequence(*ask(i)) for i in range(24)))
     assert engine.get_stats().num_preemptions > 0
     assert_equal(crowd, alone, bits=kernels == "native")
@@ -186,7 +185,9 @@ def check_random_schedules(seed: int, choose_kernels: Callable[[str], None], *, 
             sequences[number] = make_sequence(*ask(number))
             engine.add(sequences[number])
         if rng.random() < 0.2:
-            disturbers.append(make_sequence(make_tokens(rng.randint(1, 50), seed=rng.randint(0, 9))))
+            disturbers.append(
+                make_sequence(make_tokens(rng.randint(1, 50), seed=rng.randint(0, 9)))
+            )
             engine.add(disturbers[-1])
         if disturbers and rng.random() < 0.2:
             engine.abort(rng.choice(disturbers))

@@ -129,7 +129,9 @@ def test_the_youngest_is_preempted_and_comes_back_first():
     simulation.scheduler.add(later)
     simulation.run()
     assert simulation.finished[0] is old
-    assert [s.num_prompt_tokens + 8 for s in (old, young)] == [len(s.token_ids) for s in (old, young)]
+    assert [s.num_prompt_tokens + 8 for s in (old, young)] == [
+        len(s.token_ids) for s in (old, young)
+    ]
 
 
 def test_tenants_take_turns():

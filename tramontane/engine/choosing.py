@@ -1,10 +1,8 @@
 """The next token of each of several sequences, from its row of scores; an error stays its own."""
 
-from collections.abc import Iterator, Sequence as Items
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
 from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 from tramontane.engine.completion import TokenLogprob
 from tramontane.engine.logprobs import compute_logprobs
@@ -61,9 +59,7 @@ def _sample(turns: list[Turn], output: PassOutput) -> Iterator[Choice]:
         yield from _finish(turns, sample_rows(logits[kept], samplers), output)
 
 
-def _finish(
-    turns: Items[Turn], token_ids: Items[int], output: PassOutput
-) -> Iterator[Choice]:
+def _finish(turns: Items[Turn], token_ids: Items[int], output: PassOutput) -> Iterator[Choice]:
     """Tell the samplers what was chosen, and find its log-probability where that is wanted."""
     for (sequence, row), token_id in zip(turns, token_ids, strict=True):
         try:

@@ -15,7 +15,7 @@ _START = 4  # tokens of a first guess
 
 
 class DraftSource:
-    """Guesses the tokens of one sequence; guesses less after a wrong one, more after a right one."""
+    """Guesses the next tokens of a sequence: less after a wrong guess, more after a right one."""
 
     def __init__(self, max_num_drafts: int) -> None:
         self._max = max_num_drafts

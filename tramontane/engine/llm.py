@@ -199,7 +199,7 @@ class LLM:
             self.build_request(text, some, routing=routing)
             for text, some in zip(prompts, self._spread(params, len(prompts)), strict=True)
         ]
-        completions = self._run(requests, show_progress)
+        completions = self.run(requests, show_progress=show_progress)
         return completions[0] if isinstance(prompt, str) else completions
 
     def chat(
@@ -214,7 +214,7 @@ class LLM:
         Raises as `stream_chat`.
         """
         routing: RoutingWanted = "all" if collect_routing else "none"
-        return self._run([self.build_chat_request(messages, params, routing=routing)], False)[0]
+        return self.run([self.build_chat_request(messages, params, routing=routing)])[0]
 
     def stream(
         self, prompt: str, params: SamplingParams | None = None, *, collect_routing: bool = False
@@ -258,13 +258,10 @@ class LLM:
         params = params or self.default_params
         return Request(prompt_ids=ids, params=params, routing=routing, starts_text=True)
 
-    def _stream(self, request: Request) -> TextStream:
-        if request.params.n != 1:
-            raise RequestError(f"n is {request.params.n}; a stream has one answer")
-        [sequence] = self.sequences.build(request)
-        return TextStream(self.engine, sequence)
-
-    def _run(self, requests: Items[Request], show_progress: bool | None) -> list[Completion]:
+    def run(
+        self, requests: Items[Request], *, show_progress: bool | None = None
+    ) -> list[Completion]:
+        """Answer requests together; see `generate`."""
         groups = [self.sequences.build(request) for request in requests]
         everyone = [sequence for group in groups for sequence in group]
         pending = everyone
@@ -284,6 +281,12 @@ class LLM:
         if errors := [s.error for s in everyone if s.error is not None]:
             raise errors[0]
         return [_join([s.build_completion() for s in group]) for group in groups]
+
+    def _stream(self, request: Request) -> TextStream:
+        if request.params.n != 1:
+            raise RequestError(f"n is {request.params.n}; a stream has one answer")
+        [sequence] = self.sequences.build(request)
+        return TextStream(self.engine, sequence)
 
     def _spread(
         self, params: SamplingParams | Items[SamplingParams] | None, count: int

@@ -142,7 +142,7 @@ class ModelRunner:
         )
 
     def _count_experts(self, shares: Items[Share]) -> Tensor | None:
-        """How many experts each token runs through, None if it is the model's own number for all."""
+        """Experts of each token, None if all run through the model's own number of them."""
         asked = [sequence.params.experts_per_token for sequence, _ in shares]
         if not any(asked):
             return None

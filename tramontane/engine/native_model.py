@@ -130,9 +130,7 @@ def _list_state(model: nn.Module) -> list[_TensorState]:
     return [_TensorState(t.data_ptr(), t.dtype, t.shape) for t in _list_tensors(model)]
 
 
-def build_native_model(
-    model: Transformer, *, num_choices: int | None = None
-) -> NativeModel | None:
+def build_native_model(model: Transformer, *, num_choices: int | None = None) -> NativeModel | None:
     """The model for the extension, or None if a part of it is none of those it has.
 
     Of the scores of the next token, the first `num_choices` count (None: all).

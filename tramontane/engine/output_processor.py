@@ -101,7 +101,7 @@ class OutputProcessor:
         return touched
 
     def _note(self, part: _Part, output: PassOutput, routing: "_Routing | None") -> None:
-        """The tokens of a part have run, but for its drafts, which are not yet known to be right."""
+        """The tokens of a part have run; whether its drafts are right is not yet known."""
         sequence, num_tokens = part.sequence, part.num_tokens - part.num_drafts
         if sequence.wants_prompt_logprobs:
             rows = output.logits[part.first_row : part.first_row + part.num_rows]

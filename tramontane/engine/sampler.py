@@ -8,9 +8,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from tramontane.engine.sampling_params import SamplingParams
+import random
 
-GREEDY_BELOW = 1e-5  # at a lower temperature only scores this close to the best have a chance
+
 NEVER = float("-inf")
 
 
@@ -46,62 +46,55 @@ def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
 
 
 class Sampler:
-    """Chooses the tokens of one request, with random numbers of its own.
-
-    The same seed gives the same numbers whatever shares the batch and on whatever device: they are
-    drawn on the CPU, one for each token.
-    """
-
-    def __init__(
-        self,
-        params: SamplingParams,
-        *,
-        prompt_ids: Iterable[int],
-        vocab_size: int,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, params, *, prompt_ids, vocab_size, eos_ids=frozenset(), index=0, matcher=None):
         self._params = params
-        self._random = torch.Generator()
-        if params.seed is None:
-            self._random.seed()
-        else:
-            self._random.manual_seed(params.seed)
-        self._seen: Tensor | None = None  # (V,) bool, kept only for the penalty
-        if params.repetition_penalty != 1:
-            self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self._seen[torch.tensor(list(prompt_ids), dtype=torch.int64, device=device)] = True
+        self._random = random.Random(None if params.seed is None else params.seed + index)
+        self._prompt = list(prompt_ids)
+        self._answer = []
+        self._vocab = vocab_size
+        self._eos = eos_ids
+        self.is_exhausted = False
 
-    def sample(self, logits: Tensor) -> Tensor:
-        """logits (V,) fp32 -> the chosen token id, an int64 scalar on the same device."""
-        if self._seen is not None:
-            logits = penalize_repetition(logits, self._seen, self._params.repetition_penalty)
-        if self._params.temperature < GREEDY_BELOW:
-            token = logits.argmax()
-        else:
-            token = self._draw(torch.softmax(self.filter(logits), dim=0))
-        if self._seen is not None:
-            self._seen[token] = True
-        return token
+    @property
+    def is_plain(self):
+        p = self._params
+        return (p.repetition_penalty == 1 and not p.presence_penalty and not p.frequency_penalty
+                and not p.logit_bias and not p.allowed_token_ids and len(self._answer) >= p.min_tokens)
 
-    def filter(self, logits: Tensor) -> Tensor:
-        """Temperature and the filters; the softmax of the result is each token's chance."""
-        params = self._params
-        logits = scale_temperature(logits, params.temperature)
-        if params.top_k > 0:
-            logits = keep_top_k(logits, params.top_k)
-        if params.top_p < 1:
-            logits = keep_top_p(logits, params.top_p)
-        if params.min_p > 0:
-            logits = keep_min_p(logits, params.min_p)
+    def edit(self, logits):
+        p = self._params
+        logits = logits.clone()
+        if p.repetition_penalty != 1:
+            seen = torch.zeros(len(logits), dtype=torch.bool)
+            seen[torch.tensor(self._prompt + self._answer)] = True
+            logits = penalize_repetition(logits, seen, p.repetition_penalty)
+        for t in set(self._answer):
+            logits[t] -= p.presence_penalty + p.frequency_penalty * self._answer.count(t)
+        for t, b in p.logit_bias.items():
+            logits[t] += b
+        if len(self._answer) < p.min_tokens:
+            logits[list(self._eos)] = NEVER
         return logits
 
-    def _draw(self, probs: Tensor) -> Tensor:
-        """The first token at which the running sum of the chances passes a random number.
+    def accept(self, token_id):
+        self._answer.append(token_id)
 
-        In fp64, where number * total < total always holds, so that a token of chance 0 never comes.
-        If the chances are NaN, which the engine reports, the result is still an id.
-        """
-        sums = probs.double().cumsum(0)
-        number = torch.rand((), generator=self._random, dtype=torch.float64)
-        token = torch.searchsorted(sums, number.to(sums.device) * sums[-1], right=True)
-        return token.clamp(max=len(probs) - 1)
+    def draw_number(self):
+        return self._random.random()
+
+
+def sample_rows(logits, samplers, *, best=None):
+    out = []
+    for row, s in zip(logits, samplers):
+        p = s._params
+        if p.is_greedy:
+            out.append(int(row.argmax()))
+            continue
+        x = scale_temperature(row, p.temperature)
+        if p.top_k > 0: x = keep_top_k(x, p.top_k)
+        if p.top_p < 1: x = keep_top_p(x, p.top_p)
+        if p.min_p > 0: x = keep_min_p(x, p.min_p)
+        sums = torch.softmax(x, 0).double().cumsum(0)
+        n = s.draw_number() * sums[-1]
+        out.append(int(torch.searchsorted(sums, n, right=True).clamp(max=len(row) - 1)))
+    return out

@@ -153,5 +153,3 @@ def _check_prompt_length(num_prompt_tokens: int, max_tokens: int, max_seq_len: i
             f"the prompt has {num_prompt_tokens} tokens, but the context of this model holds "
             f"{max_seq_len}, answer included; shorten the prompt to at most {longest}"
         )
-
-
