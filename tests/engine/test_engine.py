@@ -195,9 +195,11 @@ def test_failed_allocation_names_the_bytes(monkeypatch):
     def refuse(*shape, **options):
         raise RuntimeError("not enough memory")
 
+    model = make_model()
+    size = count_pool_bytes(model, 4)
     monkeypatch.setattr(kv_cache.torch, "empty", refuse)
-    with pytest.raises(CapacityError, match=r"64 tokens \(32768 bytes\)"):
-        make_engine(make_model(), kv_cache_memory_bytes=count_pool_bytes(make_model(), 4))
+    with pytest.raises(CapacityError, match=rf"64 tokens \({size} bytes\)"):
+        make_engine(model, kv_cache_memory_bytes=size)
 
 
 @pytest.mark.parametrize(

@@ -59,23 +59,39 @@ def assert_equal(ours: list[Completion], theirs: list[Completion], *, bits: bool
             assert one.prompt_logprobs == other.prompt_logprobs
 
 
-@pytest.mark.parametrize("budget", [32, 37, 64, 512])
+@pytest.mark.parametrize("budget", [32, 37, 512])
 @pytest.mark.parametrize("window", [None, 24])
-def test_a_crowd_of_32_answers_as_each_alone(budget, window, kernels):
+def test_a_crowd_of_32_answers_as_each_alone(budget, window, choose_kernels):
     """E01: batch 32, chunks of any size."""
+    choose_kernels("native")
     model = make_model(make_config(sliding_window=window))
     alone = run_alone(model, 32)
     engine = make_engine(model, max_num_batched_tokens=budget, max_num_seqs=32)
     crowd = finish_all(engine, *(make_sequence(*ask(i)) for i in range(32)))
-    assert_equal(crowd, alone, bits=kernels == "native")
+    assert_equal(crowd, alone, bits=True)
+
+
+@pytest.mark.parametrize("window", [None, 24])
+def test_a_crowd_of_torchs_kernels(window, choose_kernels):
+    choose_kernels("fused")
+    model = make_model(make_config(sliding_window=window))
+    alone = run_alone(model, 8)
+    engine = make_engine(model, max_num_batched_tokens=37, max_num_seqs=8)
+    crowd = finish_all(engine, *(make_sequence(*ask(i)) for i in range(8)))
+    assert_equal(crowd, alone, bits=False)
 
 
 def test_forced_preemption_changes_nothing(kernels):
     """E01, E12: half of the blocks that are needed."""
     model = make_model()
-    alone = run_alone(model, 24)
-    engine = make_engine(model, max_num_seqs=24, kv_cache_memory_bytes=count_pool_bytes(model, 24))
-    crowd = finish_all(engine, *(make_sequence(*ask(i)) for i in range(24)))
+    asked = [
+        (prompt, SamplingParams(temperature=i % 2, seed=i, max_tokens=60, logprobs=1))
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    plenty = make_engine(model, use_prefix_cache=False)
+    alone = [finish_all(plenty, make_sequence(*one, eos_ids=frozenset()))[0] for one in asked]
+    engine = make_engine(model, kv_cache_memory_bytes=count_pool_bytes(model, 20))
+    crowd = finish_all(engine, *(make_sequence(*one, eos_ids=frozenset()) for one in asked))
     assert engine.get_stats().num_preemptions > 0
     assert_equal(crowd, alone, bits=kernels == "native")
 
@@ -93,8 +109,9 @@ def test_a_kept_prefix_changes_nothing(length, kernels):
         )
         found = finish_all(engine, make_sequence(prompt + tail, params))
         assert_equal(found, expected, bits=kernels == "native")
-        num_full = (length + len(tail) - 1) // 16 * 16
-        assert found[0].num_cached_tokens == (min(length // 16 * 16, num_full) if tail else 0)
+        num_full = (length + len(tail) - 1) // 16 * 16  # the last token always runs
+        num_common = length // 16 * 16 if tail else 0
+        assert min(num_common, num_full) <= found[0].num_cached_tokens <= num_full
 
 
 def test_several_answers_to_one_prompt_are_those_of_each_seed(kernels):
@@ -184,7 +201,7 @@ def check_random_schedules(seed: int, choose_kernels: Callable[[str], None], *, 
             number = waiting.pop()
             sequences[number] = make_sequence(*ask(number))
             engine.add(sequences[number])
-        if rng.random() < 0.2:
+        if waiting and rng.random() < 0.2:
             disturbers.append(
                 make_sequence(make_tokens(rng.randint(1, 50), seed=rng.randint(0, 9)))
             )

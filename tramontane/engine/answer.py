@@ -97,11 +97,6 @@ class Answer:
             return True
         return False
 
-    def wants_routing(self, end: int) -> bool:
-        """Whether the experts of a token before position `end` are wanted and not known yet."""
-        is_wanted = self._request.routing != "none"
-        return is_wanted and end > self._routing_start + self._num_routed
-
     def record_routing(self, start: int, experts: np.ndarray, weights: np.ndarray) -> None:
         """Note the experts and weights (T, L, K) of the tokens at `start` and on, as far as wanted.
 
@@ -112,6 +107,10 @@ class Answer:
         if skipped < len(experts):
             self._routing.append((experts[skipped:], weights[skipped:]))
             self._num_routed += len(experts) - skipped
+
+    def add_hidden(self, total: np.ndarray) -> None:
+        """Add to the sum of the prompt's final hidden states, (D,) float64."""
+        self.hidden_sum = total if self.hidden_sum is None else self.hidden_sum + total
 
     def take_pieces(self, *, with_experts: bool, limit: int | None) -> list[TextPiece]:
         """The tokens that are certain since the last call, no token after the first `limit`."""

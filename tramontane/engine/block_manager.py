@@ -12,7 +12,7 @@ holds the same two. The first of the two to write token 6 gets a copy, block 2, 
 import hashlib
 import secrets
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 from tramontane.errors import CapacityError
@@ -28,7 +28,7 @@ class BlockOwner(Protocol):
     `token_ids` are in them. `cache_root` is equal for those who may share; None: shares nothing.
     """
 
-    token_ids: Sequence[int]
+    token_ids: list[int]
     num_computed_tokens: int
     block_table: list[int]
     num_freed_blocks: int

@@ -1,4 +1,10 @@
-class Matcher: pass
+class Matcher:
+    pass
+
+
 class ConstraintCompiler:
-    def __init__(self, *a, **k): pass
-    def compile(self, c): raise NotImplementedError
+    def __init__(self, *a, **k):
+        pass
+
+    def compile(self, c):
+        raise NotImplementedError

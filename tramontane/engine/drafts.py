@@ -33,10 +33,10 @@ class DraftSource:
         if self._num_to_skip:
             self._num_to_skip -= 1
             return []
-        at = self._next_of.get(tuple(token_ids[end - PHRASE :]))
-        if at is None:
+        found = self._next_of.get(tuple(token_ids[end - PHRASE :]))
+        if found is None or limit <= 0:
             return []
-        return list(token_ids[at : at + min(self._length, limit)])
+        return list(token_ids[found : found + min(self._length, limit)])
 
     def learn(self, num_drafts: int, num_accepted: int) -> None:
         """Note how a guess went."""

@@ -4,8 +4,6 @@ What goes wrong with one sequence ends that one, with its error; what goes wrong
 sequences of that pass. The others go on, and no block of the cache is lost.
 """
 
-import logging
-
 import torch
 
 from tramontane.engine.block_manager import BlockManager
@@ -13,12 +11,9 @@ from tramontane.engine.kv_cache import KVPool, count_block_bytes
 from tramontane.engine.limits import EngineLimits, EngineStats
 from tramontane.engine.model_runner import ModelRunner
 from tramontane.engine.output_processor import OutputProcessor
-from tramontane.engine.scheduler import Scheduler
+from tramontane.engine.scheduler import RefusedError, Scheduler
 from tramontane.engine.sequence import Sequence
-from tramontane.errors import EngineError, TramontaneError
 from tramontane.models.transformer import Transformer
-
-_log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -57,7 +52,6 @@ class Engine:
             self._blocks,
             num_experts=config.moe.num_experts if config.moe else 0,
             max_num_drafts=self.limits.max_num_drafts,
-            fail=self._fail,
         )
 
     @property
@@ -129,7 +123,10 @@ class Engine:
 
         Returns the sequences that something has happened to.
         """
-        shares = self._scheduler.schedule()
+        try:
+            shares = self._scheduler.schedule()
+        except RefusedError as refused:
+            return self._scheduler.fail(refused.sequence, refused.__cause__)
         if not shares:
             return []
         try:
@@ -137,25 +134,10 @@ class Engine:
             given = self._runner.prepare(shares)
             output = self._runner.run(given)
         except Exception as error:  # whatever it is, those that were not in this pass go on
-            return [failed for sequence, _ in shares for failed in self._fail(sequence, error)]
+            return [
+                failed for sequence, _ in shares for failed in self._scheduler.fail(sequence, error)
+            ]
         return self._outputs.process(shares, given, output)
-
-    def _fail(self, sequence: Sequence, error: Exception) -> list[Sequence]:
-        """End a sequence, and siblings that have not begun, with an error; returns them.
-
-        One that we had not thought of becomes an EngineError, and goes to the log.
-        """
-        self._scheduler.remove(sequence)
-        if sequence.is_finished:
-            return []
-        if not isinstance(error, TramontaneError):
-            _log.error("a request failed", exc_info=error)
-            cause = f"{type(error).__name__}: {error}"
-            error = EngineError(f"the engine failed while it ran this request ({cause})")
-        failed = [sequence, *sequence.take_siblings()]
-        for one in failed:
-            one.finish("error", error)
-        return failed
 
 
 def _count_blocks(model: Transformer, limits: EngineLimits) -> int:

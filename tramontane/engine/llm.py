@@ -171,7 +171,7 @@ class LLM:
     @overload
     def generate(
         self,
-        prompt: Items[str],
+        prompt: list[str] | tuple[str, ...],
         params: SamplingParams | Items[SamplingParams] | None = ...,
         *,
         collect_routing: bool = ...,
@@ -180,7 +180,7 @@ class LLM:
 
     def generate(
         self,
-        prompt: str | Items[str],
+        prompt: str | list[str] | tuple[str, ...],
         params: SamplingParams | Items[SamplingParams] | None = None,
         *,
         collect_routing: bool = False,

@@ -1,5 +1,7 @@
 import torch
 from tramontane.engine.completion import TokenLogprob
+
+
 def compute_logprobs(logits, token_ids, num_top):
     lp = torch.log_softmax(logits, -1)
     out = []

@@ -53,7 +53,7 @@ class NativeModel:
         self._kept = [tensor.untyped_storage() for tensor in _list_tensors(model)]
         self._rope = RopeAngles(torch.empty(0), torch.empty(0))
         sizes = DecoderSizes(
-            config.dim, config.n_heads, config.n_kv_heads, config.head_dim, config.vocab_size,
+            config.dim, config.n_heads, config.n_kv_heads, config.head_dim,
             config.moe.num_experts_per_tok, config.sliding_window or 0,
         )  # fmt: skip
         self._decoder = NativeDecoder(

@@ -1,6 +1,6 @@
 """After a pass: note what has run, choose the next tokens, append them, let go who has ended."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,10 +31,7 @@ class _Part(NamedTuple):
 
 
 class OutputProcessor:
-    """Turns the scores of a pass into tokens.
-
-    `fail` ends a sequence with an error, and gives back all that ended with it.
-    """
+    """Turns the scores of a pass into tokens."""
 
     def __init__(
         self,
@@ -43,9 +40,8 @@ class OutputProcessor:
         *,
         num_experts: int,
         max_num_drafts: int,
-        fail: Callable[[Sequence, Exception], list[Sequence]],
     ) -> None:
-        self._scheduler, self._blocks, self._fail = scheduler, blocks, fail
+        self._scheduler, self._blocks = scheduler, blocks
         self._num_experts, self._max_num_drafts = num_experts, max_num_drafts
         self._num_passes = self._num_prompt_tokens = self._num_generated = 0
         self._num_drafts = self._num_accepted_drafts = 0
@@ -75,7 +71,7 @@ class OutputProcessor:
             try:
                 self._note(part, output, routing)
             except Exception as error:  # of this request alone, whatever it is
-                touched += self._fail(part.sequence, error)[1:]
+                touched += self._scheduler.fail(part.sequence, error)[1:]
                 continue
             if part.sequence.is_finished:  # no answer was wanted
                 siblings = part.sequence.take_siblings()
@@ -130,18 +126,19 @@ class OutputProcessor:
         """Give a sequence its token."""
         sequence = choice.sequence
         if choice.error is not None:
-            self._fail(sequence, choice.error)
+            self._scheduler.fail(sequence, choice.error)
             return
         try:
             sequence.append_token(choice.token_id, choice.logprob)
         except Exception as error:  # of this request alone, whatever it is
-            self._fail(sequence, error)
+            self._scheduler.fail(sequence, error)
             return
         self._num_generated += 1
 
     def _try_drafts(self, part: _Part, output: PassOutput, routing: "_Routing | None") -> None:
         """Choose token after token, as long as each is the one that was guessed to come."""
-        sequence, num_accepted = part.sequence, 0
+        sequence, source, num_accepted = part.sequence, part.sequence.draft_source, 0
+        assert source is not None, "drafts without a source"
         drafts = sequence.draft_ids[: part.num_drafts]
         while not sequence.is_finished:
             [choice] = choose_tokens([Turn(sequence, part.first_row + num_accepted)], output)
@@ -151,7 +148,7 @@ class OutputProcessor:
                 break
             num_accepted += 1
             self._advance(part, routing, start=num_accepted, num_tokens=1)
-        sequence.draft_source.learn(len(drafts), num_accepted)
+        source.learn(len(drafts), num_accepted)
         self._num_drafts += len(drafts)
         self._num_accepted_drafts += num_accepted
 

@@ -46,7 +46,9 @@ def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
 
 
 class Sampler:
-    def __init__(self, params, *, prompt_ids, vocab_size, eos_ids=frozenset(), index=0, matcher=None):
+    def __init__(
+        self, params, *, prompt_ids, vocab_size, eos_ids=frozenset(), index=0, matcher=None
+    ):
         self._params = params
         self._random = random.Random(None if params.seed is None else params.seed + index)
         self._prompt = list(prompt_ids)
@@ -58,8 +60,14 @@ class Sampler:
     @property
     def is_plain(self):
         p = self._params
-        return (p.repetition_penalty == 1 and not p.presence_penalty and not p.frequency_penalty
-                and not p.logit_bias and not p.allowed_token_ids and len(self._answer) >= p.min_tokens)
+        return (
+            p.repetition_penalty == 1
+            and not p.presence_penalty
+            and not p.frequency_penalty
+            and not p.logit_bias
+            and not p.allowed_token_ids
+            and len(self._answer) >= p.min_tokens
+        )
 
     def edit(self, logits):
         p = self._params
@@ -91,9 +99,12 @@ def sample_rows(logits, samplers, *, best=None):
             out.append(int(row.argmax()))
             continue
         x = scale_temperature(row, p.temperature)
-        if p.top_k > 0: x = keep_top_k(x, p.top_k)
-        if p.top_p < 1: x = keep_top_p(x, p.top_p)
-        if p.min_p > 0: x = keep_min_p(x, p.min_p)
+        if p.top_k > 0:
+            x = keep_top_k(x, p.top_k)
+        if p.top_p < 1:
+            x = keep_top_p(x, p.top_p)
+        if p.min_p > 0:
+            x = keep_min_p(x, p.min_p)
         sums = torch.softmax(x, 0).double().cumsum(0)
         n = s.draw_number() * sums[-1]
         out.append(int(torch.searchsorted(sums, n, right=True).clamp(max=len(row) - 1)))

@@ -4,13 +4,16 @@ First come, first served, in turn among tenants. When the cache is full, the you
 preempted: its blocks are taken, and it runs again from the start when there is room.
 """
 
+import logging
 from bisect import insort
 from collections import OrderedDict, deque
 from typing import NamedTuple
 
 from tramontane.engine.block_manager import BlockManager
 from tramontane.engine.sequence import Sequence
-from tramontane.errors import CapacityError, OverloadError
+from tramontane.errors import CapacityError, EngineError, OverloadError, TramontaneError
+
+_log = logging.getLogger(__name__)
 
 
 class Share(NamedTuple):
@@ -18,6 +21,14 @@ class Share(NamedTuple):
 
     sequence: Sequence
     num_tokens: int
+
+
+class RefusedError(Exception):
+    """No blocks could be had for `sequence`; the cause says why. All other sequences stand."""
+
+    def __init__(self, sequence: Sequence) -> None:
+        super().__init__(f"sequence {sequence.number}")
+        self.sequence = sequence
 
 
 class Scheduler:
@@ -97,6 +108,23 @@ class Scheduler:
             self._num_waiting -= 1
         self._blocks.free(sequence)
 
+    def fail(self, sequence: Sequence, error: BaseException | None) -> list[Sequence]:
+        """End a sequence, and siblings that have not begun, with an error; returns them.
+
+        One that we had not thought of becomes an EngineError, and goes to the log.
+        """
+        self.remove(sequence)
+        if sequence.is_finished:
+            return []
+        if not isinstance(error, TramontaneError):
+            _log.error("a request failed", exc_info=error)
+            cause = f"{type(error).__name__}: {error}"
+            error = EngineError(f"the engine failed while it ran this request ({cause})")
+        failed = [sequence, *sequence.take_siblings()]
+        for one in failed:
+            one.finish("error", error)
+        return failed
+
     def fork(self, sequence: Sequence, child: Sequence) -> bool:
         """Let `child` go on beside a running sequence from what that has computed.
 
@@ -136,7 +164,7 @@ class Scheduler:
                 self._preempt(self.running[-1])
                 num_tokens = self._fit(sequence, room)
             if num_tokens:
-                self._blocks.reserve(sequence, num_tokens)
+                self._reserve(sequence, num_tokens)
                 shares.append(Share(sequence, num_tokens))
                 room -= num_tokens
             is_starved |= num_tokens == 0
@@ -153,13 +181,16 @@ class Scheduler:
                 return
             self._pop(sequence)
             num_tokens = self._fit(sequence, room)
-            self._blocks.reserve(sequence, num_tokens)
+            self._reserve(sequence, num_tokens)
             shares.append(Share(sequence, num_tokens))
             room -= num_tokens
 
     def _start(self, sequence: Sequence) -> bool:
         """Give a waiting sequence what is kept of its prompt, if the rest would find room too."""
-        num_kept = self._blocks.match_prefix(sequence)
+        try:
+            num_kept = self._blocks.match_prefix(sequence)
+        except Exception as error:  # the engine ends this sequence with it, whatever it is
+            raise RefusedError(sequence) from error
         whole = self._blocks.count_blocks(len(sequence.token_ids))
         needed = min(whole, self._blocks.count_missing(sequence, sequence.num_pending_tokens))
         spare = len(self.running)  # a block for the next token of each
@@ -174,12 +205,18 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Reserve the next token's place, at the cost of the youngest; False if that is itself."""
-        while not self._blocks.reserve(sequence, 1):
+        while not self._reserve(sequence, 1):
             youngest = self.running[-1]
             self._preempt(youngest)
             if youngest is sequence:
                 return False
         return True
+
+    def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+        try:
+            return self._blocks.reserve(sequence, num_tokens)
+        except Exception as error:  # the engine ends this sequence with it, whatever it is
+            raise RefusedError(sequence) from error
 
     def _fit(self, sequence: Sequence, room: int) -> int:
         """How many of its tokens can run now."""
@@ -190,7 +227,7 @@ class Scheduler:
         if not sequence.draft_ids:
             return 0
         num_drafts = min(len(sequence.draft_ids), room, self._blocks.count_room(sequence) - 1)
-        self._blocks.reserve(sequence, 1 + num_drafts)
+        self._reserve(sequence, 1 + num_drafts)
         return num_drafts
 
     def _preempt(self, sequence: Sequence) -> None:

@@ -1,5 +1,7 @@
 """From a request to its sequences: what it asks is held against the model that has to answer."""
 
+from collections.abc import Sequence as Items
+
 from tramontane.config import ModelConfig
 from tramontane.engine.constraints import ConstraintCompiler, Matcher
 from tramontane.engine.request import Request
@@ -53,7 +55,7 @@ class SequenceBuilder:
         self._check_ids("logit_bias", tuple(params.logit_bias))
         self._check_experts(params)
 
-    def _check_ids(self, name: str, ids: "tuple[int, ...] | list[int]") -> None:
+    def _check_ids(self, name: str, ids: Items[int]) -> None:
         size = self.tokenizer.vocab_size
         if len(ids) and not 0 <= min(ids) <= max(ids) < size:
             wrong = next(i for i in ids if not 0 <= i < size)
