@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tramontane.engine.kv_cache import KVCache, batch_layer_caches
 from tramontane.engine.native_model import build_native_model
-from tramontane.engine.sampler import Sampler
+from tramontane.engine.sampler import Sampler, sample_rows
 from tramontane.engine.sequence import Sequence
 from tramontane.errors import CheckpointError, ConfigError
 from tramontane.models.transformer import ForwardOutput, Transformer
@@ -135,7 +135,8 @@ class Engine:
             sequence.params,
             prompt_ids=sequence.token_ids,
             vocab_size=self._vocab_size,
-            device=weight.device,
+            eos_ids=sequence.eos_ids,
+            matcher=sequence.matcher,
         )
         return _Running(sequence, cache, sampler)
 
@@ -180,17 +181,20 @@ class Engine:
             return
         last = hidden if len(rows) == len(hidden) else hidden[rows]
         logits = self._model.compute_logits(last)[:, : self._vocab_size]  # (B, V)
-        chosen = [r.sampler.sample(row) for r, row in zip(ready, logits, strict=True)]
+        samplers = [running.sampler for running in ready]
+        rows_left = [row if s.is_plain else s.edit(row) for s, row in zip(samplers, logits, strict=True)]
+        token_ids = sample_rows(torch.stack(rows_left), samplers)
         low, high = logits.aminmax()  # one pass; NaN wins over every number
-        is_finite = torch.isfinite(high - low)
-        *token_ids, ok = torch.stack([*chosen, is_finite.long()]).tolist()
-        if not ok:
+        if not torch.isfinite(high - low):
             raise CheckpointError(
                 "the model's scores are not finite (NaN or infinity); its weights are damaged, or "
                 "overflow in this dtype: load it again, or with dtype float32"
             )
         for running, token_id in zip(ready, token_ids, strict=True):
+            running.sampler.accept(token_id)
             running.sequence.append_token(token_id)
+            if running.sampler.is_exhausted and not running.sequence.is_finished:
+                running.sequence.finish("stop")
 
 
 def _stack_experts(output: ForwardOutput) -> np.ndarray | None:

@@ -16,6 +16,7 @@ from tramontane.checkpoint.intake import Checkpoint, open_checkpoint
 from tramontane.config import ModelConfig
 from tramontane.engine.bundled import find_bundled_model
 from tramontane.engine.completion import Completion, TextPiece
+from tramontane.engine.constraints import ConstraintCompiler
 from tramontane.engine.engine import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, Engine
 from tramontane.engine.generation_config import (
     FILE_NAME,
@@ -235,8 +236,12 @@ class LLM:
             eos_ids=self.generation_config.eos_ids,
             max_seq_len=self.config.max_seq_len,
             collect_routing=collect_routing,
+            matcher=self._constraints.compile(params.constraint) if params.constraint else None,
         )
 
     def _build_engine(self, **limits: int) -> Engine:
         require_room(self.tokenizer, self.config, origin=self.origin)
+        self._constraints = ConstraintCompiler(
+            self.tokenizer, self.generation_config.eos_ids, self.tokenizer.vocab_size
+        )
         return Engine(self.model, vocab_size=self.tokenizer.vocab_size, **limits)

@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Sequence as Items
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,7 @@ class Sequence:
         eos_ids: frozenset[int],
         max_seq_len: int,
         collect_routing: bool = False,
+        matcher: Any = None,
     ) -> None:
         _check_prompt_length(len(prompt_ids), max_seq_len)
         self.token_ids = list(prompt_ids)
@@ -38,7 +40,8 @@ class Sequence:
         self.collect_routing = collect_routing
         self.finish_reason: FinishReason | None = None
         self._text_output = text_output
-        self._eos_ids = eos_ids
+        self.matcher = matcher
+        self.eos_ids = self._eos_ids = eos_ids
         self._waiting_segments: deque[Segment] = deque()
         self._text: list[str] = []
         self._routing: list[np.ndarray] = []  # (T, L, K) of each forward pass
