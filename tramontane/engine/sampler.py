@@ -1,17 +1,36 @@
-"""From scores to a token: repetition penalty, temperature, top-k, top-p, min-p, and the draw.
+"""From scores to tokens: what a request edits in its own row, and one draw for all rows.
 
-Each filter is a function of logits (V,) fp32 and equals its namesake in transformers.
+Edits, in this order: constraint, allowed ids, bias, repetition penalty, presence and frequency
+penalty, ends of text that come too early. The draw is `kernels.sample_tokens`.
 """
 
-from collections.abc import Iterable
+import random
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-import random
-
+from tramontane.engine.sampling_params import SamplingParams
+from tramontane.errors import RequestError
+from tramontane.kernels.dispatch import get_kernels
 
 NEVER = float("-inf")
+
+
+class TokenMatcher(Protocol):
+    """What a sampler needs of a constraint at work: `constraints.Matcher`."""
+
+    is_exhausted: bool
+
+    def allowed_mask(self) -> Tensor:
+        """Which ids may come next, bool (V,)."""
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """Go on by a token."""
+        ...
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -20,92 +39,165 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, penalized, logits)
 
 
-def scale_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """Divide by the temperature, shifted so that the best is 0 and a tiny one cannot overflow."""
-    return (logits - logits.max()) / temperature
+class DrawSettings(NamedTuple):
+    """What the draw of a row depends on beside its scores and its random number."""
 
-
-def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
-    """Keep the k largest, and those equal to the k-th."""
-    smallest_kept = torch.topk(logits, min(top_k, len(logits))).values[-1]
-    return logits.masked_fill(logits < smallest_kept, NEVER)
-
-
-def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
-    """Keep the likeliest tokens, each one before which less than or exactly `top_p` has come."""
-    ordered, index = torch.sort(logits, descending=True, stable=True)
-    probs = torch.softmax(ordered, dim=0)
-    hidden = probs.cumsum(0) - probs > top_p
-    return torch.empty_like(logits).scatter_(0, index, ordered.masked_fill(hidden, NEVER))
-
-
-def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
-    """Keep the tokens at least `min_p` times as likely as the likeliest: arXiv:2407.01082."""
-    probs = torch.softmax(logits, dim=0)
-    return logits.masked_fill(probs < min_p * probs.max(), NEVER)
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    is_greedy: bool
 
 
 class Sampler:
+    """The state of one answer: what came before, its random numbers, where its constraint stands.
+
+    Numbers come from `seed + index`, one for each token drawn, so that they depend on no other
+    answer and on no device; without a seed they are new each time. Raises RequestError if an id of
+    `params` is not in the vocabulary of V.
+    """
+
     def __init__(
-        self, params, *, prompt_ids, vocab_size, eos_ids=frozenset(), index=0, matcher=None
-    ):
+        self,
+        params: SamplingParams,
+        *,
+        prompt_ids: Iterable[int],
+        vocab_size: int,
+        eos_ids: Iterable[int] = (),
+        index: int = 0,
+        matcher: TokenMatcher | None = None,
+    ) -> None:
+        _require_known_ids(params, vocab_size)
+        self.settings = DrawSettings(
+            params.temperature, params.top_k, params.top_p, params.min_p, params.is_greedy
+        )
         self._params = params
         self._random = random.Random(None if params.seed is None else params.seed + index)
-        self._prompt = list(prompt_ids)
-        self._answer = []
-        self._vocab = vocab_size
-        self._eos = eos_ids
-        self.is_exhausted = False
+        self._matcher = matcher
+        self._num_tokens = 0  # of the answer so far
+        ends = {i for i in eos_ids if i < vocab_size} | {*params.stop_token_ids}
+        self._ends = _to_tensor(ends)
+        self._banned: Tensor | None = None  # bool (V,)
+        self._bias_ids, self._bias = _to_tensor(params.logit_bias), None
+        self._seen: Tensor | None = None  # bool (V,): in the prompt or the answer
+        self._counts: Tensor | None = None  # fp32 (V,): how often in the answer
+        if params.allowed_token_ids:
+            self._banned = torch.ones(vocab_size, dtype=torch.bool)
+            self._banned[_to_tensor(params.allowed_token_ids)] = False
+        if params.logit_bias:
+            self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
+        if params.repetition_penalty != 1:
+            self._seen = torch.zeros(vocab_size, dtype=torch.bool)
+            # The rows that fill up a model's head are no part of the vocabulary.
+            self._seen[_to_tensor(i for i in prompt_ids if i < vocab_size)] = True
+        if params.presence_penalty or params.frequency_penalty:
+            self._counts = torch.zeros(vocab_size)
+        state = (matcher, self._banned, self._bias, self._seen, self._counts)
+        self._always_edits = any(part is not None for part in state)
 
     @property
-    def is_plain(self):
-        p = self._params
-        return (
-            p.repetition_penalty == 1
-            and not p.presence_penalty
-            and not p.frequency_penalty
-            and not p.logit_bias
-            and not p.allowed_token_ids
-            and len(self._answer) >= p.min_tokens
-        )
+    def is_plain(self) -> bool:
+        """Whether the next token's scores need no edit."""
+        return not self._always_edits and self._num_tokens >= self._params.min_tokens
 
-    def edit(self, logits):
-        p = self._params
-        logits = logits.clone()
-        if p.repetition_penalty != 1:
-            seen = torch.zeros(len(logits), dtype=torch.bool)
-            seen[torch.tensor(self._prompt + self._answer)] = True
-            logits = penalize_repetition(logits, seen, p.repetition_penalty)
-        for t in set(self._answer):
-            logits[t] -= p.presence_penalty + p.frequency_penalty * self._answer.count(t)
-        for t, b in p.logit_bias.items():
-            logits[t] += b
-        if len(self._answer) < p.min_tokens:
-            logits[list(self._eos)] = NEVER
-        return logits
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the constraint allows nothing more: the answer ends here."""
+        return self._matcher is not None and self._matcher.is_exhausted
 
-    def accept(self, token_id):
-        self._answer.append(token_id)
+    def edit(self, logits: Tensor) -> Tensor:
+        """New scores from those of the model, both fp32 (V,).
 
-    def draw_number(self):
+        Raises RequestError if no token is left, or the constraint cannot be followed.
+        """
+        self._move(logits.device)
+        if self._matcher is None:
+            edited = logits.clone()
+        else:
+            allowed = self._matcher.allowed_mask().to(logits.device)
+            edited = torch.where(allowed, logits, NEVER)
+        if self._banned is not None:
+            edited.masked_fill_(self._banned, NEVER)
+        if self._bias is not None:
+            edited.index_add_(0, self._bias_ids, self._bias)
+        edited = self._penalize(edited)
+        if self._num_tokens < self._params.min_tokens:
+            edited[self._ends] = NEVER
+        if edited.max() == NEVER:
+            raise RequestError(
+                "no token is left to choose: the constraint, allowed_token_ids and min_tokens "
+                "contradict each other here"
+            )
+        return edited
+
+    def draw_number(self) -> float:
+        """The next random number, from 0 up to but not 1."""
         return self._random.random()
 
+    def accept(self, token_id: int) -> None:
+        """Note the token that was chosen. Raises RequestError if the constraint has failed."""
+        self._num_tokens += 1
+        if self._seen is not None:
+            self._seen[token_id] = True
+        if self._counts is not None:
+            self._counts[token_id] += 1
+        if self._matcher is not None:
+            self._matcher.accept(token_id)
 
-def sample_rows(logits, samplers, *, best=None):
-    out = []
-    for row, s in zip(logits, samplers):
-        p = s._params
-        if p.is_greedy:
-            out.append(int(row.argmax()))
-            continue
-        x = scale_temperature(row, p.temperature)
-        if p.top_k > 0:
-            x = keep_top_k(x, p.top_k)
-        if p.top_p < 1:
-            x = keep_top_p(x, p.top_p)
-        if p.min_p > 0:
-            x = keep_min_p(x, p.min_p)
-        sums = torch.softmax(x, 0).double().cumsum(0)
-        n = s.draw_number() * sums[-1]
-        out.append(int(torch.searchsorted(sums, n, right=True).clamp(max=len(row) - 1)))
-    return out
+    def _penalize(self, logits: Tensor) -> Tensor:
+        params = self._params
+        if self._seen is not None:
+            logits = penalize_repetition(logits, self._seen, params.repetition_penalty)
+        if self._counts is not None:
+            logits -= params.frequency_penalty * self._counts
+            logits -= params.presence_penalty * (self._counts > 0)
+        return logits
+
+    def _move(self, device: torch.device) -> None:
+        """Keep the state where the scores are."""
+        if self._ends.device != device:
+            for name in ("_ends", "_banned", "_bias_ids", "_bias", "_seen", "_counts"):
+                if (part := getattr(self, name)) is not None:
+                    setattr(self, name, part.to(device))
+
+
+def sample_rows(
+    logits: Tensor, samplers: Sequence[Sampler], *, best: Sequence[int] | None = None
+) -> list[int]:
+    """The next token of each row of scores fp32 (R, V), edited before where a sampler wants it.
+
+    No row's token depends on the rows beside it. `best` are the ids of the best scores, if they are
+    known; they count where no row was edited.
+    """
+    settings = tuple([sampler.settings for sampler in samplers])
+    if all([row.is_greedy for row in settings]):
+        if best is not None and all([sampler.is_plain for sampler in samplers]):
+            return list(best)
+        return logits.argmax(dim=-1).tolist()
+    numbers = [0.0 if s.settings.is_greedy else s.draw_number() for s in samplers]
+    drawn = torch.tensor(numbers, dtype=torch.float64, device=logits.device)
+    stacked = _stack_settings(settings, logits.device)
+    return get_kernels().sample_tokens(logits, *stacked, drawn).tolist()
+
+
+@lru_cache(maxsize=16)  # those of a batch stay the same until an answer ends or begins
+def _stack_settings(
+    settings: tuple[DrawSettings, ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """temperature fp32 (R,), top_k int64 (R,), top_p fp32 (R,), min_p fp32 (R,)."""
+    heat, top_k, top_p, min_p, _ = zip(*settings, strict=True)
+    numbers = [torch.tensor(column, dtype=torch.float32, device=device)
+               for column in (heat, top_p, min_p)]  # fmt: skip
+    return numbers[0], torch.tensor(top_k, device=device), numbers[1], numbers[2]
+
+
+def _require_known_ids(params: SamplingParams, vocab_size: int) -> None:
+    for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
+        if (highest := max(getattr(params, name), default=0)) >= vocab_size:
+            raise RequestError(
+                f"{name} holds the id {highest}; ids of this model are 0 to {vocab_size - 1}"
+            )
+
+
+def _to_tensor(ids: Iterable[int]) -> Tensor:
+    return torch.tensor(list(ids), dtype=torch.int64)
