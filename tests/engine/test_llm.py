@@ -65,7 +65,7 @@ def test_time_in_each_part_of_the_model(folder, choose_kernels):
 @pytest.mark.parametrize("budget", [16, 17, 512])
 def test_chunked_prefill_gives_the_same_answer(folder, llm, budget):
     prompt = "a long prompt that needs several chunks to run"
-    chunked = LLM(folder, max_num_batched_tokens=budget)
+    chunked = LLM(folder, max_num_batched_tokens=budget, max_num_seqs=4)
     assert chunked.generate(prompt, GREEDY).token_ids == llm.generate(prompt, GREEDY).token_ids
 
 
@@ -93,7 +93,7 @@ def test_a_closed_stream_frees_its_cache(llm):
     stream = llm.stream("Hello", SamplingParams(seed=0, max_tokens=100))
     next(iter(stream))
     stream.close()
-    assert llm._engine.num_unfinished == 0
+    assert llm.engine.num_unfinished == 0
     assert stream.completion.finish_reason == "abort"
     assert stream.completion.num_completion_tokens >= 1
 
@@ -117,7 +117,7 @@ def test_routing_is_given_when_asked_for(llm):
 def test_empty_prompts_are_refused(llm, prompt):
     with pytest.raises(RequestError, match="not empty"):
         llm.generate(prompt, GREEDY)
-    assert llm._engine.num_unfinished == 0
+    assert llm.engine.num_unfinished == 0
 
 
 def test_lone_surrogates_are_refused(llm):

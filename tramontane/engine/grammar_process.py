@@ -225,6 +225,8 @@ def _describe_end(seconds: float | None) -> str:
 def _shorten(error: bytes) -> str:
     """The library's error on one line, which need not repeat the whole source."""
     text, *_ = error.decode("utf-8", errors="replace").split("<backtrace>")
-    lines = [" ".join(line.split()) for line in text.replace("panic:", "the library failed:").split("\n")]
+    lines = [
+        " ".join(line.split()) for line in text.replace("panic:", "the library failed:").split("\n")
+    ]
     parts = [line if len(line) <= 80 else f"{line[:80]}..." for line in lines if line.strip(" ^")]
     return " ".join(parts[:_MAX_LINES]).replace("<non-verbose/>", "").strip()

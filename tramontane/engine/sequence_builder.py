@@ -55,6 +55,10 @@ class SequenceBuilder:
         self._check_ids("logit_bias", tuple(params.logit_bias))
         self._check_experts(params)
 
+    def close(self) -> None:
+        """End what compiling constraints has started."""
+        self._compiler.close()
+
     def _check_ids(self, name: str, ids: Items[int]) -> None:
         size = self.tokenizer.vocab_size
         if len(ids) and not 0 <= min(ids) <= max(ids) < size:
