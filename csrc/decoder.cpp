@@ -226,6 +226,7 @@ void Decoder::run_layer(const KernelTable& kernels, Context& context, int64_t in
                   shape_.dim,
                   layer.num_experts,
                   shape_.num_slots,
+                  nullptr,
                   slot_weights,
                   experts,
                   results.logits + index * num_tokens * layer.num_experts},

@@ -38,11 +38,13 @@ struct LinearArguments {
   const void* residual;     // (T, N), of the type of x, to be added to the only output; or null
 };
 
+constexpr int64_t kNoExpert = -1;
+
 struct ExpertsArguments {
   Values x;  // (T, D)
   int64_t num_tokens, num_experts, num_slots;
   const float* slot_weights;  // (T, K)
-  const int64_t* experts;     // (T, K)
+  const int64_t* experts;     // (T, K); a slot with kNoExpert is left out
   Weight w1, w2, w3;          // of the first expert; w1 and w3 are both plain or of one group size
   void* out;                  // (T, D), of the type of x
   const void* residual;       // (T, D), of the type of x, to be added; or null
@@ -101,9 +103,10 @@ struct RouterArguments {
   Values x;       // (T, D)
   Values weight;  // (E, D)
   int64_t num_tokens, dim, num_experts, num_slots;
-  float* slot_weights;  // (T, K)
-  int64_t* experts;     // (T, K)
-  float* logits;        // (T, E)
+  const int64_t* counts;  // (T,) slots that a token uses, 1 .. K; null: all
+  float* slot_weights;    // (T, K); of a slot that is not used 0, and its expert kNoExpert
+  int64_t* experts;       // (T, K)
+  float* logits;          // (T, E)
 };
 
 // Memory for intermediate results: of this thread, grown as needed, kept.

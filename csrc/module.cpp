@@ -53,7 +53,8 @@ void run_experts(uintptr_t x, int type, int64_t num_tokens, int64_t num_experts,
                  const Weight& w3, uintptr_t out, int num_threads) {
   const auto* ids = at<const int64_t>(experts);
   for (int64_t i = 0; i < num_tokens * num_slots; ++i)
-    if (ids[i] < 0 || ids[i] >= num_experts) throw std::out_of_range("there is no such expert");
+    if (ids[i] != kNoExpert && (ids[i] < 0 || ids[i] >= num_experts))
+      throw std::out_of_range("there is no such expert");
   Context context{scratch, num_threads};
   kernels->experts({{at<const void>(x), to_type(type)},
                     num_tokens,
@@ -115,8 +116,8 @@ void run_attention(uintptr_t q, int type, uintptr_t k, uintptr_t v, int cache_ty
 }
 
 void run_router(uintptr_t x, int type, uintptr_t weight, int weight_type, int64_t num_tokens,
-                int64_t dim, int64_t num_experts, int64_t num_slots, uintptr_t slot_weights,
-                uintptr_t experts, uintptr_t logits, int num_threads) {
+                int64_t dim, int64_t num_experts, int64_t num_slots, uintptr_t counts,
+                uintptr_t slot_weights, uintptr_t experts, uintptr_t logits, int num_threads) {
   Context context{scratch, num_threads};
   kernels->router({{at<const void>(x), to_type(type)},
                    {at<const void>(weight), to_type(weight_type)},
@@ -124,6 +125,7 @@ void run_router(uintptr_t x, int type, uintptr_t weight, int weight_type, int64_
                    dim,
                    num_experts,
                    num_slots,
+                   at<const int64_t>(counts),
                    at<float>(slot_weights),
                    at<int64_t>(experts),
                    at<float>(logits)},

@@ -52,7 +52,7 @@ def attention(
 ) -> None: ...  # fmt: skip
 def router(
     x: int, type: int, weight: int, weight_type: int, num_tokens: int, dim: int, num_experts: int,
-    num_slots: int, slot_weights: int, experts: int, logits: int, num_threads: int, /,
+    num_slots: int, counts: int, slot_weights: int, experts: int, logits: int, num_threads: int, /,
 ) -> None: ...  # fmt: skip
 def use_openmp(path: str, /) -> bool: ...
 def choose_kernels(name: str, /) -> bool: ...

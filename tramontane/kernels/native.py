@@ -20,6 +20,7 @@ from tramontane.errors import ConfigError
 from tramontane.kernels import fused
 from tramontane.kernels.fused import linear_cross_entropy
 from tramontane.kernels.packing import PackedWeight
+from tramontane.kernels.reference import check_counts
 
 try:
     from tramontane.kernels import _native
@@ -130,20 +131,23 @@ def quantized_experts(
 
 
 def top_k_router(
-    x: Tensor, weight: Tensor, num_experts_per_tok: int
+    x: Tensor, weight: Tensor, num_experts_per_tok: int, counts: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.top_k_router`."""
     (num_tokens, dim), num_experts = x.shape, len(weight)
     fits = weight.shape[1:] == (dim,) and num_experts_per_tok <= num_experts
     if not (fits and _runs_natively(x, weight)):
-        return fused.top_k_router(x, weight, num_experts_per_tok)
+        return fused.top_k_router(x, weight, num_experts_per_tok, counts)
+    if counts is not None:
+        check_counts(counts, num_tokens, num_experts_per_tok)
+        counts = counts.cpu().contiguous()
     weights = x.new_empty((num_tokens, num_experts_per_tok), dtype=torch.float32)
     experts = x.new_empty((num_tokens, num_experts_per_tok), dtype=torch.int64)
     logits = x.new_empty((num_tokens, num_experts), dtype=torch.float32)
     _native.router(
         x.data_ptr(), TYPES[x.dtype], weight.data_ptr(), TYPES[weight.dtype], num_tokens, dim,
-        num_experts, num_experts_per_tok, weights.data_ptr(), experts.data_ptr(),
-        logits.data_ptr(), torch.get_num_threads(),
+        num_experts, num_experts_per_tok, 0 if counts is None else counts.data_ptr(),
+        weights.data_ptr(), experts.data_ptr(), logits.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return weights, experts, logits
 
@@ -203,9 +207,11 @@ def packed_attention(
     return out
 
 
-def top_k_routing(logits: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
+def top_k_routing(
+    logits: Tensor, num_experts_per_tok: int, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See `reference.top_k_routing`; `top_k_router` does it together with the logits."""
-    return fused.top_k_routing(logits, num_experts_per_tok)
+    return fused.top_k_routing(logits, num_experts_per_tok, counts)
 
 
 def _runs_natively(*tensors: Tensor) -> bool:

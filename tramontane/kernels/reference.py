@@ -12,6 +12,8 @@ from torch import Tensor
 
 from tramontane.kernels.packing import PackedWeight, dequantize
 
+NO_EXPERT = -1  # in a slot that a token does not use
+
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T: x (..., M), W (N, M), returns (..., N) in the dtype of x."""
@@ -69,27 +71,53 @@ def packed_attention(
     return torch.cat([causal_attention(*part, window=window) for part in parts])
 
 
-def top_k_routing(logits: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
+def top_k_routing(
+    logits: Tensor, num_experts_per_tok: int, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Choose the K largest of the logits (T, E); weights are their softmax (arXiv:2401.04088).
 
     Returns fp32 weights (T, K) in falling order and int64 experts (T, K). Of equal logits the lower
-    expert index comes first, which `torch.topk` alone does not promise.
+    expert index comes first, which `torch.topk` alone does not promise. Token t has only counts[t]
+    experts, 1 .. K, where int64 counts (T,) are given: its other slots hold weight 0, expert -1.
     """
     ordered, experts = torch.sort(logits.float(), dim=-1, descending=True, stable=True)
-    weights = torch.softmax(ordered[:, :num_experts_per_tok], dim=-1)
-    return weights, experts[:, :num_experts_per_tok]
+    ordered, experts = ordered[:, :num_experts_per_tok], experts[:, :num_experts_per_tok]
+    if counts is None:
+        return torch.softmax(ordered, dim=-1), experts
+    check_counts(counts, *ordered.shape)
+    weights, chosen = torch.zeros_like(ordered), torch.full_like(experts, NO_EXPERT)
+    for count in counts.unique().tolist():  # each as if it were everybody's, to the bit
+        rows = counts == count
+        weights[rows, :count] = torch.softmax(ordered[rows, :count], dim=-1)
+        chosen[rows, :count] = experts[rows, :count]
+    return weights, chosen
 
 
 def top_k_router(
-    x: Tensor, weight: Tensor, num_experts_per_tok: int
+    x: Tensor, weight: Tensor, num_experts_per_tok: int, counts: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mixtral's router, x (T, D) and weight (E, D): weights and experts (T, K), logits (T, E).
 
     The product is in the dtype of x, the rest in fp32; see `top_k_routing`.
     """
     logits = linear(x, weight).float()
-    weights, experts = top_k_routing(logits, num_experts_per_tok)
+    weights, experts = top_k_routing(logits, num_experts_per_tok, counts)
     return weights, experts, logits
+
+
+def check_counts(counts: Tensor, num_tokens: int, num_experts_per_tok: int) -> None:
+    """Assert that every token has a number of experts from 1 to K."""
+    assert (counts.dtype, counts.shape) == (torch.int64, (num_tokens,)), counts
+    assert ((counts >= 1) & (counts <= num_experts_per_tok)).all(), (counts, num_experts_per_tok)
+
+
+def check_experts(experts: Tensor, num_experts: int) -> None:
+    """Raise IndexError unless each slot holds one of the experts or `NO_EXPERT`."""
+    is_known = ((experts >= 0) & (experts < num_experts)) | (experts == NO_EXPERT)
+    if not is_known.all():
+        raise IndexError(
+            f"there is no such expert: {experts[~is_known][0]}; there are {num_experts}"
+        )
 
 
 def moe_experts(
@@ -98,8 +126,10 @@ def moe_experts(
     """y_t = sum_k weights[t, k] * w2_e silu(w1_e x_t) * (w3_e x_t) with e = experts[t, k].
 
     x (T, D), weights and experts (T, K), w1 and w3 (E, F, D), w2 (E, D, F); returns (T, D) in the
-    dtype of x. The sum runs in fp32 over the token's own slots k = 0, 1, ..., not in expert order.
+    dtype of x. The sum runs in fp32 over the token's own slots k = 0, 1, ..., not in expert order;
+    slots with expert -1 are left out. Raises IndexError on an expert that there is not.
     """
+    check_experts(experts, len(w1))
     num_slots = experts.shape[1]
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for slot in range(num_slots):
@@ -147,10 +177,12 @@ def quantized_experts(
     x (T, D), weights and experts (T, K), w1 and w3 stacks of (F, D), w2 of (D, F); returns (T, D)
     in the dtype of x. Hidden values stay in fp32 between the products. No gradients.
     """
+    check_experts(experts, len(w1.qweight))
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for slot in range(experts.shape[1]):
-        for expert in experts[:, slot].unique().tolist():
-            rows = torch.nonzero(experts[:, slot] == expert).flatten()  # (N,)
+        chosen = experts[:, slot]
+        for expert in chosen[chosen != NO_EXPERT].unique().tolist():
+            rows = torch.nonzero(chosen == expert).flatten()  # (N,)
             one, two, three = (weight.select(expert) for weight in (w1, w2, w3))
             inputs = x[rows].float()  # (N, D)
             hidden = F.silu(quantized_linear(inputs, one)) * quantized_linear(inputs, three)
