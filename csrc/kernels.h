@@ -109,6 +109,17 @@ struct RouterArguments {
   float* logits;          // (T, E)
 };
 
+// Scores of the next token as the head gives them, made fp32, and what is asked of each row first:
+// among its first `num_choices`, the largest (the lowest id of equals; any, if they are NaN), and
+// whether all of them are finite.
+struct HeadArguments {
+  Values scores;  // (R, V)
+  int64_t num_rows, num_columns, num_choices;
+  float* logits;       // (R, V); may be where the scores are, if they are fp32
+  int64_t* best;       // (R,)
+  uint8_t* is_finite;  // (R,)
+};
+
 // Memory for intermediate results: of this thread, grown as needed, kept.
 class Scratch {
  public:
@@ -131,6 +142,7 @@ struct KernelTable {
   void (*store)(const StoreArguments&, Context&);
   void (*attention)(const AttentionArguments&, Context&);
   void (*router)(const RouterArguments&, Context&);
+  void (*head)(const HeadArguments&, Context&);
 };
 
 // The best that this processor runs, or the one called `name`; null if it does not run that one.

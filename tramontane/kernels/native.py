@@ -20,7 +20,7 @@ from tramontane.errors import ConfigError
 from tramontane.kernels import fused
 from tramontane.kernels.fused import linear_cross_entropy
 from tramontane.kernels.packing import PackedWeight
-from tramontane.kernels.reference import check_counts
+from tramontane.kernels.reference import check_counts, store_paged
 
 try:
     from tramontane.kernels import _native
@@ -34,10 +34,12 @@ __all__ = [
     "linear_cross_entropy",
     "moe_experts",
     "packed_attention",
+    "paged_attention",
     "quantized_experts",
     "quantized_linear",
     "rms_norm",
     "rotate",
+    "store_paged",
     "top_k_router",
     "top_k_routing",
 ]
@@ -204,6 +206,46 @@ def packed_attention(
         part = slice(start, start + length)
         _attend(q[part], k[:, part], v[:, part], out[part], window=window)
         start += length
+    return out
+
+
+def paged_attention(
+    q: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    block_tables: Tensor,
+    num_queries: Tensor,
+    num_keys: Tensor,
+    *,
+    window: int | None = None,
+) -> Tensor:
+    """See `reference.paged_attention`. Blocks that are read are believed.
+
+    Raises ValueError on sequences that do not fit the tokens or their blocks.
+    """
+    (_, num_heads, head_dim), num_kv_heads = q.shape, key_pool.shape[1]
+    tables = (block_tables, num_queries, num_keys)
+    fits = (
+        key_pool.shape == value_pool.shape
+        and key_pool.shape[3] == head_dim
+        and key_pool.shape[2] % 16 == 0  # else keys before the window could be read
+        and num_kv_heads > 0
+        and num_heads % num_kv_heads == 0
+        and key_pool.dtype == value_pool.dtype
+        and all(t.is_cpu and t.is_contiguous() and t.dtype == torch.int64 for t in tables)
+        and block_tables.shape[0] == len(num_queries) == len(num_keys)
+    )
+    if not (fits and _runs_natively(q, key_pool, value_pool)):
+        return fused.paged_attention(
+            q, key_pool, value_pool, block_tables, num_queries, num_keys, window=window
+        )
+    out = torch.empty_like(q)
+    _native.paged_attention(
+        q.data_ptr(), TYPES[q.dtype], len(q), key_pool.data_ptr(), value_pool.data_ptr(),
+        TYPES[key_pool.dtype], key_pool.shape[2], len(num_queries), num_queries.data_ptr(),
+        num_keys.data_ptr(), block_tables.data_ptr(), block_tables.shape[1], num_heads,
+        num_kv_heads, head_dim, window or 0, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
     return out
 
 

@@ -4,7 +4,7 @@ Shapes: T tokens, M keys, D dim, F hidden_dim, E experts, K experts per token, H
 S head_dim, V vocabulary. Sums that matter are taken in fp32 and cast once, at the end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +69,61 @@ def packed_attention(
     lengths = list(seqlens)
     parts = zip(q.split(lengths), k.split(lengths, 1), v.split(lengths, 1), strict=True)
     return torch.cat([causal_attention(*part, window=window) for part in parts])
+
+
+def paged_attention(
+    q: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    block_tables: Tensor,
+    num_queries: Tensor,
+    num_keys: Tensor,
+    *,
+    window: int | None = None,
+) -> Tensor:
+    """`causal_attention` of B sequences whose keys and values lie in blocks of pools.
+
+    q (T, H, S), T = sum(num_queries); pools (num_blocks, G, block_size, S); int64 block_tables
+    (B, N), num_queries and num_keys (B,); returns (T, H, S). Position p of sequence b is in block
+    block_tables[b, p // block_size]; blocks wholly before the window of the first query are not
+    read.
+    """
+    parts = split_pages(q, key_pool, value_pool, block_tables, num_queries, num_keys, window=window)
+    return torch.cat([causal_attention(*part, window=window) for part in parts])
+
+
+def split_pages(
+    q: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    block_tables: Tensor,
+    num_queries: Tensor,
+    num_keys: Tensor,
+    *,
+    window: int | None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For each sequence of `paged_attention` its q and the k, v (G, M, S) that it may read."""
+    block_size, seqlens = key_pool.shape[2], num_queries.tolist()
+    assert sum(seqlens) == len(q), (seqlens, q.shape)
+    queries = q.split(seqlens)
+    for i, (seqlen, end) in enumerate(zip(seqlens, num_keys.tolist(), strict=True)):
+        first = 0 if window is None else max(0, end - seqlen + 1 - window) // block_size
+        blocks = block_tables[i, first : -(-end // block_size)]
+        k, v = (
+            pool[blocks].transpose(0, 1).flatten(1, 2)[:, : end - first * block_size]
+            for pool in (key_pool, value_pool)
+        )
+        yield queries[i], k, v
+
+
+def store_paged(k: Tensor, v: Tensor, key_pool: Tensor, value_pool: Tensor, slots: Tensor) -> None:
+    """Write k and v (T, G, S) into pools as in `paged_attention`.
+
+    Token t goes to slots[t] = block * block_size + place in the block, int64 (T,).
+    """
+    blocks, places = slots // key_pool.shape[2], slots % key_pool.shape[2]
+    key_pool[blocks, :, places] = k
+    value_pool[blocks, :, places] = v
 
 
 def top_k_routing(
