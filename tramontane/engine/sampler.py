@@ -1,7 +1,4 @@
-"""From scores to a token: repetition penalty, temperature, top-k, top-p, min-p, and the draw.
-
-Each filter is a function of logits (V,) fp32 and equals its namesake in transformers.
-"""
+"""From scores to a token: repetition penalty, then filters and draw of `kernels/sampling.py`."""
 
 from collections.abc import Iterable
 
@@ -9,40 +6,13 @@ import torch
 from torch import Tensor
 
 from tramontane.engine.sampling_params import SamplingParams
-
-GREEDY_BELOW = 1e-5  # at a lower temperature only scores this close to the best have a chance
-NEVER = float("-inf")
+from tramontane.kernels.sampling import GREEDY_BELOW, draw_token, filter_logits
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make the tokens of the mask `seen` (V,) less likely: arXiv:1909.05858, section 4.1."""
     penalized = torch.where(logits < 0, logits * penalty, logits / penalty)
     return torch.where(seen, penalized, logits)
-
-
-def scale_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """Divide by the temperature, shifted so that the best is 0 and a tiny one cannot overflow."""
-    return (logits - logits.max()) / temperature
-
-
-def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
-    """Keep the k largest, and those equal to the k-th."""
-    smallest_kept = torch.topk(logits, min(top_k, len(logits))).values[-1]
-    return logits.masked_fill(logits < smallest_kept, NEVER)
-
-
-def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
-    """Keep the likeliest tokens, each one before which less than or exactly `top_p` has come."""
-    ordered, index = torch.sort(logits, descending=True, stable=True)
-    probs = torch.softmax(ordered, dim=0)
-    hidden = probs.cumsum(0) - probs > top_p
-    return torch.empty_like(logits).scatter_(0, index, ordered.masked_fill(hidden, NEVER))
-
-
-def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
-    """Keep the tokens at least `min_p` times as likely as the likeliest: arXiv:2407.01082."""
-    probs = torch.softmax(logits, dim=0)
-    return logits.masked_fill(probs < min_p * probs.max(), NEVER)
 
 
 class Sampler:
@@ -78,7 +48,8 @@ class Sampler:
         if self._params.temperature < GREEDY_BELOW:
             token = logits.argmax()
         else:
-            token = self._draw(torch.softmax(self.filter(logits), dim=0))
+            number = torch.rand((), generator=self._random, dtype=torch.float64)
+            token = draw_token(torch.softmax(self.filter(logits), dim=0), number.item())
         if self._seen is not None:
             self._seen[token] = True
         return token
@@ -86,22 +57,10 @@ class Sampler:
     def filter(self, logits: Tensor) -> Tensor:
         """Temperature and the filters; the softmax of the result is each token's chance."""
         params = self._params
-        logits = scale_temperature(logits, params.temperature)
-        if params.top_k > 0:
-            logits = keep_top_k(logits, params.top_k)
-        if params.top_p < 1:
-            logits = keep_top_p(logits, params.top_p)
-        if params.min_p > 0:
-            logits = keep_min_p(logits, params.min_p)
-        return logits
-
-    def _draw(self, probs: Tensor) -> Tensor:
-        """The first token at which the running sum of the chances passes a random number.
-
-        In fp64, where number * total < total always holds, so that a token of chance 0 never comes.
-        If the chances are NaN, which the engine reports, the result is still an id.
-        """
-        sums = probs.double().cumsum(0)
-        number = torch.rand((), generator=self._random, dtype=torch.float64)
-        token = torch.searchsorted(sums, number.to(sums.device) * sums[-1], right=True)
-        return token.clamp(max=len(probs) - 1)
+        return filter_logits(
+            logits,
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+        )
