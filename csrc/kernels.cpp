@@ -21,7 +21,8 @@ const KernelTable kernel_table = {TRAMONTANE_TEXT(TRAMONTANE_ISA),
                                   store_in_cache,
                                   attention,
                                   router,
-                                  head};
+                                  head,
+                                  sample};
 
 }  // namespace TRAMONTANE_ISA
 }  // namespace tramontane

@@ -120,6 +120,18 @@ struct HeadArguments {
   uint8_t* is_finite;  // (R,)
 };
 
+// The next token of each row, as its own settings say: see `sample_tokens` of
+// tramontane/kernels/reference.py.
+struct SampleArguments {
+  const float* logits;  // (R, V), rows `stride` numbers apart
+  int64_t num_rows, num_columns, stride;
+  const float* temperature;  // (R,), as those that follow
+  const int64_t* top_k;
+  const float *top_p, *min_p;
+  const double* numbers;  // from [0, 1)
+  int64_t* tokens;
+};
+
 // Memory for intermediate results: of this thread, grown as needed, kept.
 class Scratch {
  public:
@@ -143,6 +155,7 @@ struct KernelTable {
   void (*attention)(const AttentionArguments&, Context&);
   void (*router)(const RouterArguments&, Context&);
   void (*head)(const HeadArguments&, Context&);
+  void (*sample)(const SampleArguments&, Context&);
 };
 
 // The best that this processor runs, or the one called `name`; null if it does not run that one.

@@ -157,6 +157,16 @@ void run_router(uintptr_t x, int type, uintptr_t weight, int weight_type, int64_
                   context);
 }
 
+void run_sample(uintptr_t logits, int64_t num_rows, int64_t num_columns, int64_t stride,
+                uintptr_t temperature, uintptr_t top_k, uintptr_t top_p, uintptr_t min_p,
+                uintptr_t numbers, uintptr_t tokens, int num_threads) {
+  Context context{scratch, num_threads};
+  kernels->sample({at<const float>(logits), num_rows, num_columns, stride,
+                   at<const float>(temperature), at<const int64_t>(top_k), at<const float>(top_p),
+                   at<const float>(min_p), at<const double>(numbers), at<int64_t>(tokens)},
+                  context);
+}
+
 // Sizes: those of DecoderShape, in its order.
 void build_decoder(Decoder* self, nb::tuple sizes, float eps, int type, uintptr_t embeddings,
                    uintptr_t norm, const Weight& output) {
@@ -240,6 +250,7 @@ NB_MODULE(_native, module) {
   module.def("attention", run_attention, without_gil);
   module.def("paged_attention", run_paged_attention, without_gil);
   module.def("router", run_router, without_gil);
+  module.def("sample", run_sample, without_gil);
   module.def("use_openmp", [](const std::string& path) { return use_openmp(path.c_str()); });
   module.def("choose_kernels", choose_kernels);
   module.def("get_name", [] { return std::string(kernels->name); });

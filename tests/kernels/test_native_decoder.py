@@ -72,6 +72,7 @@ class Paged:
     """Sequences of a model whose keys and values lie in shuffled blocks of one pool."""
 
     def __init__(self, model: Transformer, num_sequences: int, *, max_tokens: int = 96) -> None:
+        self.model = model  # the decoder knows its weights by address alone
         config, self.window = model.config, model.config.sliding_window
         num_blocks = num_sequences * (max_tokens // BLOCK_SIZE)
         shape = (config.n_layers, 2, num_blocks, config.n_kv_heads, BLOCK_SIZE, config.head_dim)

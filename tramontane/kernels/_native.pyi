@@ -61,6 +61,10 @@ def router(
     x: int, type: int, weight: int, weight_type: int, num_tokens: int, dim: int, num_experts: int,
     num_slots: int, counts: int, slot_weights: int, experts: int, logits: int, num_threads: int, /,
 ) -> None: ...  # fmt: skip
+def sample(
+    logits: int, num_rows: int, num_columns: int, stride: int, temperature: int, top_k: int,
+    top_p: int, min_p: int, numbers: int, tokens: int, num_threads: int, /,
+) -> None: ...  # fmt: skip
 def use_openmp(path: str, /) -> bool: ...
 def choose_kernels(name: str, /) -> bool: ...
 def get_name() -> str: ...

@@ -39,6 +39,7 @@ __all__ = [
     "quantized_linear",
     "rms_norm",
     "rotate",
+    "sample_tokens",
     "store_paged",
     "top_k_router",
     "top_k_routing",
@@ -254,6 +255,36 @@ def top_k_routing(
 ) -> tuple[Tensor, Tensor]:
     """See `reference.top_k_routing`; `top_k_router` does it together with the logits."""
     return fused.top_k_routing(logits, num_experts_per_tok, counts)
+
+
+def sample_tokens(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    numbers: Tensor,
+) -> Tensor:
+    """See `reference.sample_tokens`. Rows may lie apart: the first columns of wider ones."""
+    settings = (temperature, top_k, top_p, min_p, numbers)
+    dtypes = [setting.dtype for setting in settings]
+    fits = (
+        logits.dtype == torch.float32
+        and logits.is_cpu
+        and logits.shape[1] > 0
+        and logits.stride(1) == 1
+        and dtypes == [torch.float32, torch.int64, torch.float32, torch.float32, torch.float64]
+        and all(s.is_cpu and s.is_contiguous() and s.shape == logits.shape[:1] for s in settings)
+    )
+    if not fits:
+        return fused.sample_tokens(logits, *settings)
+    tokens, (num_rows, num_columns) = torch.empty_like(top_k), logits.shape
+    _native.sample(
+        logits.data_ptr(), num_rows, num_columns, logits.stride(0), temperature.data_ptr(),
+        top_k.data_ptr(), top_p.data_ptr(), min_p.data_ptr(), numbers.data_ptr(),
+        tokens.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return tokens
 
 
 def _runs_natively(*tensors: Tensor) -> bool:

@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tramontane.kernels.packing import PackedWeight, dequantize
+from tramontane.kernels.sampling import GREEDY_BELOW, draw_token, filter_logits
+
+NO_EXPERT = -1  # in a slot that a token does not use
 
 NO_EXPERT = -1  # in a slot that a token does not use
 
@@ -252,3 +255,29 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     """
     logits = (hidden @ weight.t()).float()  # (T, V)
     return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+
+
+def sample_tokens(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    numbers: Tensor,
+) -> Tensor:
+    """The next token of each row of logits (R, V) fp32, as its own settings (R,) say.
+
+    temperature, top_p, min_p fp32, top_k int64: below a temperature of 1e-5 the best; else the
+    filters of `sampling.py` in the order temperature, top-k (0 and less: off), top-p (1: off),
+    min-p (0: off), and what the chances give for numbers (R,) fp64 from [0, 1). Returns int64 (R,);
+    a row of NaN gives some id.
+    """
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    columns = [column.tolist() for column in (temperature, top_k, top_p, min_p, numbers)]
+    for r, (heat, k, p, least, number) in enumerate(zip(*columns, strict=True)):
+        if heat < GREEDY_BELOW:
+            tokens[r] = logits[r].argmax()
+        else:
+            kept = filter_logits(logits[r], temperature=heat, top_k=k, top_p=p, min_p=least)
+            tokens[r] = draw_token(torch.softmax(kept, dim=0), number)
+    return tokens

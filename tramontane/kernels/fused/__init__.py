@@ -16,6 +16,7 @@ from tramontane.kernels.reference import (
     linear,  # torch differentiates it well
     quantized_experts,  # not differentiated, and the native kernels' to make fast
     quantized_linear,
+    sample_tokens,
     store_paged,
     top_k_router,
     top_k_routing,  # short already
@@ -32,6 +33,7 @@ __all__ = [
     "quantized_linear",
     "rms_norm",
     "rotate",
+    "sample_tokens",
     "store_paged",
     "top_k_router",
     "top_k_routing",
