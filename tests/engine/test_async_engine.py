@@ -1,4 +1,4 @@
-"""The engine behind a server: streams, cancelling, limits, health (rows A04, A14, A16, E10 - E17)."""
+"""The engine behind a server: streams, leaving, limits, health (rows A04, A14, A16, E10 - E17)."""
 
 import asyncio
 import json
@@ -148,14 +148,18 @@ def test_what_cannot_be_is_refused_at_once(folder):
                 engine.submit(Request(prompt_ids=[5] * 60, params=GREEDY))
             with pytest.raises(RequestError, match="token id 5000"):
                 engine.submit(Request(prompt_ids=[5000], params=GREEDY))
+            many = llm.build_request("Hello", SamplingParams(experts_per_token=9))
             with pytest.raises(RequestError, match="this model has 8 experts"):
-                many = SamplingParams(experts_per_token=9)
-                engine.submit(llm.build_request("Hello", many))
-            long = SamplingParams(max_tokens=40, ignore_eos=True)
-            streams = []
+                engine.submit(many)
+            long = llm.build_request("Hello", SamplingParams(max_tokens=40, ignore_eos=True))
+            streams: list[AnswerStream] = []
+
+            def submit_many():
+                while len(streams) < 20:
+                    streams.append(engine.submit(long))
+
             with pytest.raises(OverloadError, match="2 requests wait"):
-                for _ in range(20):
-                    streams.append(engine.submit(llm.build_request("Hello", long)))
+                submit_many()
             for _, [completion] in await asyncio.gather(*map(read, streams)):
                 assert completion.num_completion_tokens == 40
 

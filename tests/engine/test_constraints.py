@@ -3,11 +3,11 @@ test_constrained_answers.py, hostile sources are in test_hostile_constraints.py.
 """
 
 import json
-import regex as re  # its \w has the marks of letters, as Unicode says and the library does
 from collections.abc import Iterator
 
 import jsonschema
 import pytest
+import regex as re  # its \w has the marks of letters, as Unicode says and the library does
 import torch
 
 from tests.engine.constraint_writing import write

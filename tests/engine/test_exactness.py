@@ -18,6 +18,7 @@ from tests.engine.sequences import (
     make_sequences,
 )
 from tests.tiny import make_config, make_model, make_tokens
+from tramontane import LLM
 from tramontane.engine.completion import Completion
 from tramontane.engine.sampling_params import SamplingParams
 from tramontane.models.transformer import Transformer
@@ -154,17 +155,14 @@ def test_drafts_change_nothing(kernels):
         assert stats.num_accepted_drafts <= stats.num_drafts
 
 
-def test_right_guesses_save_passes(choose_kernels):
-    """A greedy answer that goes in circles is guessed."""
-    choose_kernels("native")
-    model, params = make_model(), SamplingParams(temperature=0, max_tokens=150)
-    engines = [make_engine(model), make_engine(model, max_num_drafts=8)]
-    answers = [
-        finish_all(engine, make_sequence(PROMPTS[0], params, eos_ids=frozenset()))[0]
-        for engine in engines
-    ]
+def test_right_guesses_save_passes():
+    """The bundled model goes on with a text that repeats itself, and is guessed to."""
+    prompt = "The cat sat on the mat. The dog sat on the mat. " * 4
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    llms = [LLM(max_num_seqs=1), LLM(max_num_seqs=1, max_num_drafts=8)]
+    answers = [llm.generate(prompt, params) for llm in llms]
     assert answers[0].token_ids == answers[1].token_ids
-    without, with_drafts = (engine.get_stats() for engine in engines)
+    without, with_drafts = (llm.engine.get_stats() for llm in llms)
     assert with_drafts.num_accepted_drafts > 0
     assert with_drafts.num_passes == without.num_passes - with_drafts.num_accepted_drafts
 

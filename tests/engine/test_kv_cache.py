@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from tests.engine.paged import PagedSequences
 from tests.oracles.hf import compute_hf_logits, to_hf_model
 from tests.tiny import make_config, make_model, make_tokens
-from tramontane.engine.kv_cache import KVCache, batch_layer_caches
+from tramontane.engine.kv_cache import KVPool, PagedBatch, count_block_bytes
 from tramontane.models.transformer import Transformer
 
 WINDOW = 8
@@ -11,14 +12,11 @@ WINDOW = 8
 
 def run_chunks(model: Transformer, tokens: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     """Logits of all tokens, run through one cache in chunks of these sizes."""
-    cache = KVCache(model.config, max_tokens=len(tokens))
-    logits, start = [], 0
-    for chunk in tokens.split(sizes):
-        positions = torch.arange(start, start + len(chunk))
-        logits.append(model.compute_logits(model(chunk, positions, cache.layers).hidden))
-        start += len(chunk)
-    assert cache.num_tokens == len(tokens)
-    return torch.cat(logits)
+    cache = PagedSequences(model)
+    return torch.cat([
+        model.compute_logits(cache.run(chunk, [len(chunk)]).hidden)
+        for chunk in tokens.split(sizes)
+    ])  # fmt: skip
 
 
 def split_evenly(count: int, size: int) -> list[int]:
@@ -35,9 +33,8 @@ def test_prefill_and_decode_match_transformers(family):
     model = make_model(make_config(**family))
     tokens = make_tokens(40)
     expected = compute_hf_logits(to_hf_model(model), tokens)
-    torch.testing.assert_close(
-        run_chunks(model, tokens, [20] + [1] * 20), expected, atol=1e-5, rtol=0
-    )
+    logits = run_chunks(model, tokens, [20] + [1] * 20)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
 @torch.inference_mode()
@@ -52,7 +49,7 @@ def test_every_chunk_size_gives_the_same_logits():
 
 @torch.inference_mode()
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 40])
-def test_rolling_cache_matches_transformers_over_five_windows(family, size):
+def test_a_window_matches_transformers_over_five_windows(family, size):
     model = make_model(make_config(sliding_window=WINDOW, **family))
     tokens = make_tokens(5 * WINDOW)
     expected = compute_hf_logits(to_hf_model(model), tokens)
@@ -62,7 +59,7 @@ def test_rolling_cache_matches_transformers_over_five_windows(family, size):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("prompt", [1, 7, 8, 9, 20])
-def test_rolling_cache_decodes_after_a_prompt_of_any_length(prompt):
+def test_a_window_decodes_after_a_prompt_of_any_length(prompt):
     model = make_model(make_config(sliding_window=WINDOW))
     tokens = make_tokens(5 * WINDOW)
     expected = compute_hf_logits(to_hf_model(model), tokens)
@@ -71,62 +68,38 @@ def test_rolling_cache_decodes_after_a_prompt_of_any_length(prompt):
 
 
 @torch.inference_mode()
-def test_ragged_batch_equals_sequences_alone():
+@pytest.mark.parametrize("kernels", ["native", "fused", "reference"])
+def test_ragged_batch_equals_sequences_alone(kernels, choose_kernels):
+    choose_kernels(kernels)
     model = make_model(make_config(sliding_window=WINDOW))
     prompts = [make_tokens(length, seed=length) for length in (1, 5, 9, 20)]
     alone = [run_chunks(model, tokens, [len(tokens)]) for tokens in prompts]
-    caches = [KVCache(model.config, max_tokens=32) for _ in prompts]
-    seqlens = [len(tokens) for tokens in prompts]
-    positions = torch.cat([torch.arange(length) for length in seqlens])
-    output = model(torch.cat(prompts), positions, batch_layer_caches(caches, seqlens))
+    cache = PagedSequences(model, count=4)
+    output = cache.run(torch.cat(prompts), [len(tokens) for tokens in prompts])
     torch.testing.assert_close(
         model.compute_logits(output.hidden), torch.cat(alone), atol=1e-5, rtol=0
     )
-    assert [cache.num_tokens for cache in caches] == seqlens
 
 
-def test_rolling_cache_stays_within_the_window():
-    config = make_config(sliding_window=WINDOW)
-    window_bytes = config.count_kv_bytes_per_token(bytes_per_value=4) * WINDOW
-    model = make_model(config)
-    cache = KVCache(config, max_tokens=200)
-    with torch.inference_mode():
-        for position, token in enumerate(make_tokens(5 * WINDOW)):
-            model(token[None], torch.tensor([position]), cache.layers)
-            assert count_stored_bytes(cache) == window_bytes == cache.num_bytes
-
-
-def test_contiguous_cache_holds_every_token():
+def test_a_pool_has_the_bytes_that_it_says():
     config = make_config()
-    cache = KVCache(config, max_tokens=10, dtype=torch.bfloat16)
-    assert cache.num_bytes == config.count_kv_bytes_per_token() * 10 == count_stored_bytes(cache)
+    pool = KVPool(config, 5, dtype=torch.bfloat16)
+    assert pool.num_bytes == config.count_kv_bytes_per_token() * 5 * 16
+    assert (
+        pool.num_bytes == pool.buffer.numel() * 2 == 5 * count_block_bytes(config, torch.bfloat16)
+    )
 
 
-def test_decode_hands_views_of_the_cache_to_the_kernel(monkeypatch):
-    """No copy of what is cached: the kernel reads the buffers themselves."""
-    config = make_config(sliding_window=WINDOW)
-    model, cache = make_model(config), KVCache(config, max_tokens=200)
-    storage = cache.layers[0]._keys.untyped_storage().data_ptr()
-    seen = []
-
-    class Recorder:
-        @staticmethod
-        def causal_attention(q, k, v, *, window):
-            seen.append(k.untyped_storage().data_ptr() == storage)
-            return q
-
-    with torch.inference_mode():
-        monkeypatch.setattr("tramontane.engine.kv_cache.get_kernels", lambda: Recorder)
-        for position, token in enumerate(make_tokens(2 * WINDOW)):
-            model(token[None], torch.tensor([position]), cache.layers)
-    assert all(seen)
-    assert len(seen) == 2 * WINDOW * config.n_layers
+def test_blocks_are_copied_in_all_layers_one_after_another():
+    pool = KVPool(make_config(), 4)
+    pool.buffer.normal_()
+    first, second = pool.buffer[:, :, 0].clone(), pool.buffer[:, :, 1].clone()
+    pool.copy_blocks([(0, 2), (1, 0), (2, 3)])
+    assert torch.equal(pool.buffer[:, :, 3], first)
+    assert torch.equal(pool.buffer[:, :, 0], second)
 
 
-def count_stored_bytes(cache: KVCache) -> int:
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for layer in cache.layers
-        for tensor in (layer._keys, layer._values)
-    }
-    return sum(storages.values())
+def test_slots_of_a_batch():
+    """Two sequences: three tokens that end at 17, and one at 5."""
+    batch = PagedBatch(torch.tensor([[7, 3], [2, 9]]), torch.tensor([3, 1]), torch.tensor([18, 6]))
+    assert batch.find_slots(16).tolist() == [7 * 16 + 15, 3 * 16, 3 * 16 + 1, 2 * 16 + 5]

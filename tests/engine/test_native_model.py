@@ -5,10 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from tests.engine.paged import PagedSequences
 from tests.tiny import make_config, make_model, make_tokens
 from tramontane.config import ModelConfig
-from tramontane.engine.kv_cache import KVCache, batch_layer_caches
 from tramontane.engine.native_model import NativeModel, build_native_model
+from tramontane.kernels.native_decoder import DecoderResults
 from tramontane.models.transformer import ForwardOutput, Transformer
 from tramontane.nn.attention import Attention
 from tramontane.quant.apply import quantize_model
@@ -23,27 +24,18 @@ def _native(choose_kernels: Callable[[str], None]) -> None:
     choose_kernels("native")
 
 
-def run_both(model: Transformer) -> list[tuple[ForwardOutput, ForwardOutput]]:
+def run_both(model: Transformer) -> list[tuple[DecoderResults, ForwardOutput]]:
     """All passes, natively and by the model itself, each with caches of its own."""
     native = build_native_model(model)
     assert native is not None
-    dtype = model.norm.weight.dtype
-    caches = [[KVCache(model.config, max_tokens=100, dtype=dtype) for _ in range(3)] for _ in "ab"]
+    ours, theirs = (PagedSequences(model, count=3, max_tokens=64) for _ in range(2))
     outputs = []
-    for number, lengths in enumerate(PASSES):
-        active = [i for i, length in enumerate(lengths) if length]
-        seqlens = [lengths[i] for i in active]
-        ours, theirs = ([some[i] for i in active] for some in caches)
-        positions = torch.cat([
-            torch.arange(cache.num_tokens, cache.num_tokens + length)
-            for cache, length in zip(ours, seqlens, strict=True)
-        ])  # fmt: skip
+    for number, seqlens in enumerate(PASSES):
         tokens = make_tokens(sum(seqlens), seed=number)
-        output = native.run(tokens, seqlens, ours)
+        output = ours.run_natively(native, tokens, seqlens)
         assert output is not None
-        expected = model(tokens, positions, batch_layer_caches(theirs, seqlens))
-        outputs.append((output, expected))
-    assert [c.num_tokens for c in caches[0]] == [c.num_tokens for c in caches[1]] == [27, 36, 20]
+        outputs.append((output, theirs.run(tokens, seqlens)))
+    assert ours.lengths == theirs.lengths == [27, 36, 20]
     return outputs
 
 
@@ -51,12 +43,15 @@ def assert_same_bits(model: Transformer) -> None:
     with torch.inference_mode():
         for output, expected in run_both(model):
             assert torch.equal(output.hidden, expected.hidden)
-            for ours, theirs in zip(output.routing, expected.routing, strict=True):
-                assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+            assert torch.equal(output.logits, model.compute_logits(expected.hidden))
+            assert torch.equal(output.best, output.logits.argmax(1))
+            ours = zip(output.weights, output.experts, output.router_logits, strict=True)
+            for routing, theirs in zip(ours, expected.routing, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(routing, theirs, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("changes", [{}, {"sliding_window": 70}, {"n_kv_heads": 1}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 20}, {"n_kv_heads": 1}], ids=str)
 def test_plain(dtype: torch.dtype, changes: dict[str, int]) -> None:
     assert_same_bits(make_model(make_config(**changes)).to(dtype))
 
@@ -69,23 +64,13 @@ def test_quantized(bits: int) -> None:
     assert_same_bits(model)
 
 
-def test_a_rolling_cache_that_goes_around_is_not_for_it() -> None:
-    model = make_model(make_config(sliding_window=16))
-    native, cache = build_native_model(model), KVCache(model.config, max_tokens=100)
-    assert native is not None
-    with torch.inference_mode():
-        assert native.run(make_tokens(10), [10], [cache]) is not None
-        assert native.run(make_tokens(10), [10], [cache]) is None
-    assert cache.num_tokens == 10
-
-
 def test_a_model_that_was_cast_is_not_for_it_any_more() -> None:
     model = make_model(make_config())
     native = build_native_model(model)
     assert native is not None
+    cache = PagedSequences(model)
     model.double()
-    cache = KVCache(model.config, max_tokens=10)
-    assert native.run(make_tokens(3), [3], [cache]) is None
+    assert cache.run_natively(native, make_tokens(3), [3]) is None
 
 
 def replace_weight(model: Transformer) -> None:
@@ -111,18 +96,17 @@ def test_a_model_with_other_weights_is_another(change: Callable[[Transformer], N
     assert native.is_current()
     change(model)
     assert not native.is_current()
-    cache = KVCache(model.config, max_tokens=10)
     with torch.inference_mode():
-        native.run(make_tokens(3), [3], [cache])
+        assert PagedSequences(model).run_natively(native, make_tokens(3), [3]) is not None
 
 
 def test_there_is_no_such_token() -> None:
     model = make_model(make_config())
-    native, cache = build_native_model(model), KVCache(model.config, max_tokens=10)
+    native, cache = build_native_model(model), PagedSequences(model)
     assert native is not None
     for token in (-1, model.config.vocab_size):
         with pytest.raises(IndexError, match="no such token"):
-            native.run(torch.tensor([token]), [1], [cache])
+            cache.run_natively(native, torch.tensor([token]), [1])
 
 
 class OtherAttention(Attention):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.engine.paged import PagedSequences
 from tests.tiny import make_config, make_model, make_tokens
-from tramontane.engine.kv_cache import KVCache
 from tramontane.models.transformer import Transformer
 
 TOKENS = make_tokens(70)
@@ -58,10 +58,9 @@ def test_other_sequences_in_the_batch(model: Transformer, before: int) -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("chunk", [1, 2, 3, 16, 33, 64])
 def test_chunks_of_the_prompt(model: Transformer, chunk: int) -> None:
-    cache = KVCache(model.config, max_tokens=len(TOKENS), dtype=model.norm.weight.dtype)
-    parts = []
-    for positions in torch.arange(len(TOKENS)).split(chunk):
-        output = model(TOKENS[positions], positions, cache.layers)
+    cache, parts = PagedSequences(model), []
+    for tokens in TOKENS.split(chunk):
+        output = cache.run(tokens, [len(tokens)])
         parts.append(model.compute_logits(output.hidden))
     assert torch.equal(torch.cat(parts), compute_alone(model))
 

@@ -15,8 +15,6 @@ from tramontane.kernels.sampling import GREEDY_BELOW, draw_token, filter_logits
 
 NO_EXPERT = -1  # in a slot that a token does not use
 
-NO_EXPERT = -1  # in a slot that a token does not use
-
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T: x (..., M), W (N, M), returns (..., N) in the dtype of x."""
