@@ -5,7 +5,7 @@ from typing import Any
 
 Schema = dict[str, Any]
 
-_NAMES = ["name", "age", "is_open", "first name", "a\"b", "\u00e9t\u00e9", "items", "x"]
+_NAMES = ["name", "age", "is_open", "first name", 'a"b', "\u00e9t\u00e9", "items", "x"]
 _PATTERNS = ["^[a-z]{2,5}$", "^(up|down)[0-9]$", "^#[0-9A-F]{3}$"]
 _VALUES = ["red", "two words", "\u00e9", "", 0, -7, 2.5, True, None]
 

@@ -182,7 +182,9 @@ class Engine:
         last = hidden if len(rows) == len(hidden) else hidden[rows]
         logits = self._model.compute_logits(last)[:, : self._vocab_size]  # (B, V)
         samplers = [running.sampler for running in ready]
-        rows_left = [row if s.is_plain else s.edit(row) for s, row in zip(samplers, logits, strict=True)]
+        rows_left = [
+            row if s.is_plain else s.edit(row) for s, row in zip(samplers, logits, strict=True)
+        ]
         token_ids = sample_rows(torch.stack(rows_left), samplers)
         low, high = logits.aminmax()  # one pass; NaN wins over every number
         if not torch.isfinite(high - low):

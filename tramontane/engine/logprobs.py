@@ -10,9 +10,7 @@ from tramontane.engine.completion import TokenLogprob
 _MAX_NUMBERS = 2**20  # of which a second copy is made at a time: 4 MiB
 
 
-def compute_logprobs(
-    logits: Tensor, token_ids: Sequence[int], num_top: int
-) -> list[TokenLogprob]:
+def compute_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
     """For each row of scores fp32 (R, V) the logarithm of the chance of its token (R,), and the
     `num_top` likeliest tokens, best first, the lower id first of those equally likely.
 
@@ -26,9 +24,7 @@ def compute_logprobs(
     return found
 
 
-def _compute_rows(
-    logits: Tensor, token_ids: Sequence[int], num_top: int
-) -> list[TokenLogprob]:
+def _compute_rows(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
     logprobs = torch.log_softmax(logits, dim=-1)
     chosen = torch.tensor(token_ids, device=logits.device)[:, None]
     values = logprobs.gather(1, chosen)[:, 0].tolist()
@@ -38,9 +34,7 @@ def _compute_rows(
     top_values = logprobs.gather(1, top_ids).tolist()
     return [
         TokenLogprob(i, v, tuple(zip(ids, of_ids, strict=True)))
-        for i, v, ids, of_ids in zip(
-            token_ids, values, top_ids.tolist(), top_values, strict=True
-        )
+        for i, v, ids, of_ids in zip(token_ids, values, top_ids.tolist(), top_values, strict=True)
     ]
 
 
