@@ -49,23 +49,47 @@ class Stopwatch {
   double since_;
 };
 
+void expect(bool is_so, const char* message) {
+  if (!is_so) throw std::invalid_argument(message);
+}
+
 }  // namespace
 
-// Of one call: T tokens through a layer.
+void check_sequences(const SequenceTable& table, int64_t num_tokens, int64_t block_size) {
+  expect(block_size % 16 == 0 || table.max_blocks <= 1,  // see AttentionTask::attend
+         "the size of a block is no multiple of 16");
+  for (int64_t b = 0; b < table.num_sequences; ++b) {
+    const int64_t queries = table.num_queries[b], keys = table.num_keys[b];
+    expect(0 <= queries && queries <= keys, "a sequence has fewer keys than queries");
+    expect(keys <= table.max_blocks * block_size, "a sequence has too few blocks");
+    num_tokens -= queries;
+  }
+  expect(num_tokens == 0, "there are not as many tokens as queries");
+}
+
+void add_sequences(const SequenceTable& table, const Cache& cache, std::vector<Sequence>& to) {
+  for (int64_t b = 0; b < table.num_sequences; ++b)
+    to.push_back({table.num_queries[b], table.num_keys[b], cache,
+                  table.block_tables + b * table.max_blocks});
+}
+
+// Of one call: T tokens through a layer, and R of them through the head.
 struct Decoder::Buffers {
-  int64_t num_tokens;
-  void *x, *normed, *q, *k, *v, *attended;
-  float *cos, *sin;
+  char *x, *normed, *q, *k, *v, *attended;
+  float *cos, *sin;  // of each token
+  char* rows;        // hidden states of the head's rows, unless they are all
+  char* scores;      // (R, V) before they are fp32, unless they are
 };
 
 // All layers, by one team: its members call the kernels one after another, each with its part.
 class Decoder::Pass final : public Task {
  public:
-  Pass(const Decoder& decoder, const KernelTable& kernels, const Buffers& buffers,
-       const DecoderResults& results, const std::vector<std::vector<Sequence>>& sequences,
+  Pass(const Decoder& decoder, const KernelTable& kernels, const Batch& batch,
+       const Buffers& buffers, const DecoderResults& results, const Sequence* sequences,
        Scratch& scratch, int num_threads, double* seconds)
       : decoder_(decoder),
         kernels_(kernels),
+        batch_(batch),
         buffers_(buffers),
         results_(results),
         sequences_(sequences),
@@ -77,19 +101,12 @@ class Decoder::Pass final : public Task {
     Context context{scratch_, num_threads_, &team, thread, &shared_};
     double ignored[kNumParts] = {};
     double* const seconds = thread == 0 ? seconds_ : ignored;
-    for (size_t i = 0; i < sequences_.size(); ++i)
-      decoder_.run_layer(kernels_, context, static_cast<int64_t>(i), sequences_[i], buffers_,
-                         results_, seconds);
-    Stopwatch watch(seconds);
-    const DecoderShape& shape = decoder_.shape_;
-    kernels_.norm({{buffers_.x, shape.type},
-                   decoder_.norm_,
-                   buffers_.num_tokens,
-                   shape.dim,
-                   shape.eps,
-                   results_.hidden},
-                  context);
-    watch.count(kNorms);
+    const auto num_layers = static_cast<int64_t>(decoder_.layers_.size());
+    for (int64_t i = 0; i < num_layers; ++i)
+      decoder_.run_layer(kernels_, context, i, batch_,
+                         sequences_ + i * batch_.sequences.num_sequences, buffers_, results_,
+                         seconds);
+    decoder_.run_head(kernels_, context, batch_, buffers_, results_, seconds);
   }
 
   bool has_failed() const { return shared_.has_failed; }
@@ -97,82 +114,109 @@ class Decoder::Pass final : public Task {
  private:
   const Decoder& decoder_;
   const KernelTable& kernels_;
+  const Batch& batch_;
   const Buffers& buffers_;
   const DecoderResults& results_;
-  const std::vector<std::vector<Sequence>>& sequences_;
+  const Sequence* const sequences_;
   Scratch& scratch_;
   const int num_threads_;
   double* const seconds_;
   Shared shared_;
 };
 
-void Decoder::run(const KernelTable& kernels, const int64_t* tokens,
-                  const std::vector<SequenceCache>& caches, const float* cos, const float* sin,
-                  const DecoderResults& results, int num_threads) {
+void Decoder::run(const KernelTable& kernels, const Batch& batch, const DecoderResults& results,
+                  int num_threads) {
   Stopwatch watch(seconds_);
   thread_local Scratch activations, scratch;
-  int64_t num_tokens = 0;
-  for (const SequenceCache& cache : caches) num_tokens += cache.num_queries;
-  const int64_t size = count_bytes(shape_.type), half = shape_.head_dim / 2;
-  const int64_t query = shape_.num_heads * shape_.head_dim * size;
-  const int64_t key = shape_.num_kv_heads * shape_.head_dim * size;
-  Pieces pieces;
-  const int64_t at[] = {pieces.add(num_tokens * shape_.dim * size),
-                        pieces.add(num_tokens * shape_.dim * size),
-                        pieces.add(num_tokens * query),
-                        pieces.add(num_tokens * key),
-                        pieces.add(num_tokens * key),
-                        pieces.add(num_tokens * query),
-                        pieces.add(num_tokens * half * 4),
-                        pieces.add(num_tokens * half * 4)};
-  char* const memory = static_cast<char*>(activations.reserve(pieces.total()));
-  const Buffers buffers{num_tokens,
-                        memory + at[0],
-                        memory + at[1],
-                        memory + at[2],
-                        memory + at[3],
-                        memory + at[4],
-                        memory + at[5],
-                        reinterpret_cast<float*>(memory + at[6]),
-                        reinterpret_cast<float*>(memory + at[7])};
-  int64_t t = 0;
-  for (const SequenceCache& cache : caches) {
-    for (int64_t i = 0; i < cache.num_queries; ++i, ++t) {
-      if (tokens[t] < 0 || tokens[t] >= shape_.vocab_size)
-        throw std::out_of_range("there is no such token");
-      const int64_t position = cache.num_keys - cache.num_queries + i;
-      const int64_t row = shape_.dim * size;
-      std::memcpy(static_cast<char*>(buffers.x) + t * row,
-                  static_cast<const char*>(embeddings_.data) + tokens[t] * row,
-                  static_cast<size_t>(row));
-      std::memcpy(buffers.cos + t * half, cos + position * half, static_cast<size_t>(half) * 4);
-      std::memcpy(buffers.sin + t * half, sin + position * half, static_cast<size_t>(half) * 4);
-    }
-  }
-  thread_local std::vector<std::vector<Sequence>> sequences;
-  sequences.resize(layers_.size());
+  thread_local std::vector<Sequence> sequences;
+  check(batch);
+  const Buffers buffers = reserve_buffers(batch, activations);
+  embed(batch, buffers);
+  sequences.clear();
+  const CachePool& pool = batch.pool;
   for (size_t i = 0; i < layers_.size(); ++i) {
-    sequences[i].clear();
-    for (const SequenceCache& cache : caches) {
-      char* const keys = cache.keys + static_cast<int64_t>(i) * cache.layer_offset;
-      sequences[i].push_back({cache.num_queries,
-                              cache.num_keys,
-                              {keys, keys + cache.values_offset, cache.type, cache.block_size},
-                              cache.blocks});
-    }
+    char* const keys = pool.keys + static_cast<int64_t>(i) * pool.layer_offset;
+    add_sequences(batch.sequences, {keys, keys + pool.values_offset, pool.type, pool.block_size},
+                  sequences);
   }
   watch.count(kEmbeddings);
-  Pass pass(*this, kernels, buffers, results, sequences, scratch, num_threads, seconds_);
+  Pass pass(*this, kernels, batch, buffers, results, sequences.data(), scratch, num_threads,
+            seconds_);
   run_team(pass, num_threads);
   if (pass.has_failed()) throw std::bad_alloc();
 }
 
+void Decoder::check(const Batch& batch) const {
+  check_sequences(batch.sequences, batch.num_tokens, batch.pool.block_size);
+  for (int64_t b = 0; b < batch.sequences.num_sequences; ++b)
+    expect(batch.sequences.num_keys[b] <= batch.num_positions,
+           "a sequence has more keys than there are angles");
+  expect(1 <= batch.num_slots && batch.num_slots <= shape_.num_experts,
+         "there are not so many experts");
+  for (int64_t t = 0; t < batch.num_tokens; ++t) {
+    if (batch.tokens[t] < 0 || batch.tokens[t] >= shape_.num_embeddings)
+      throw std::out_of_range("there is no such token");
+    expect(batch.counts == nullptr || (1 <= batch.counts[t] && batch.counts[t] <= batch.num_slots),
+           "a token has no number of experts from 1 to the largest");
+  }
+  for (int64_t r = 0; batch.rows != nullptr && r < batch.num_rows; ++r)
+    expect(0 <= batch.rows[r] && batch.rows[r] < batch.num_tokens, "there is no such row");
+}
+
+Decoder::Buffers Decoder::reserve_buffers(const Batch& batch, Scratch& memory) const {
+  const int64_t size = count_bytes(shape_.type), num_tokens = batch.num_tokens;
+  const int64_t hidden = num_tokens * shape_.dim * size;
+  const int64_t query = num_tokens * shape_.num_heads * shape_.head_dim * size;
+  const int64_t key = num_tokens * shape_.num_kv_heads * shape_.head_dim * size;
+  const int64_t angles = num_tokens * shape_.head_dim / 2 * 4;
+  const int64_t scores = shape_.type == Type::kFloat ? 0 : batch.num_rows * output_.num_rows * size;
+  Pieces pieces;
+  const int64_t at[] = {pieces.add(hidden),
+                        pieces.add(hidden),
+                        pieces.add(query),
+                        pieces.add(key),
+                        pieces.add(key),
+                        pieces.add(query),
+                        pieces.add(angles),
+                        pieces.add(angles),
+                        pieces.add(batch.rows == nullptr ? 0 : batch.num_rows * shape_.dim * size),
+                        pieces.add(scores)};
+  char* const begin = static_cast<char*>(memory.reserve(pieces.total()));
+  return {begin + at[0],
+          begin + at[1],
+          begin + at[2],
+          begin + at[3],
+          begin + at[4],
+          begin + at[5],
+          reinterpret_cast<float*>(begin + at[6]),
+          reinterpret_cast<float*>(begin + at[7]),
+          begin + at[8],
+          begin + at[9]};
+}
+
+void Decoder::embed(const Batch& batch, const Buffers& buffers) const {
+  const int64_t row = shape_.dim * count_bytes(shape_.type), half = shape_.head_dim / 2;
+  const auto angle_bytes = static_cast<size_t>(half) * 4;
+  const auto* const embeddings = static_cast<const char*>(embeddings_.data);
+  const SequenceTable& table = batch.sequences;
+  int64_t t = 0;
+  for (int64_t b = 0; b < table.num_sequences; ++b) {
+    for (int64_t i = 0; i < table.num_queries[b]; ++i, ++t) {
+      const int64_t position = table.num_keys[b] - table.num_queries[b] + i;
+      std::memcpy(buffers.x + t * row, embeddings + batch.tokens[t] * row,
+                  static_cast<size_t>(row));
+      std::memcpy(buffers.cos + t * half, batch.cos + position * half, angle_bytes);
+      std::memcpy(buffers.sin + t * half, batch.sin + position * half, angle_bytes);
+    }
+  }
+}
+
 void Decoder::run_layer(const KernelTable& kernels, Context& context, int64_t index,
-                        const std::vector<Sequence>& sequences, const Buffers& buffers,
+                        const Batch& batch, const Sequence* sequences, const Buffers& buffers,
                         const DecoderResults& results, double* seconds) const {
   Stopwatch watch(seconds);
   const DecoderLayer& layer = layers_[static_cast<size_t>(index)];
-  const int64_t num_tokens = buffers.num_tokens;
+  const int64_t num_tokens = batch.num_tokens;
   const Type type = shape_.type;
   const auto normalize = [&](Values weight) {
     kernels.norm({{buffers.x, type}, weight, num_tokens, shape_.dim, shape_.eps, buffers.normed},
@@ -197,14 +241,13 @@ void Decoder::run_layer(const KernelTable& kernels, Context& context, int64_t in
                      context);
   }
   watch.count(kAttentionLinear);
-  const auto num_sequences = static_cast<int64_t>(sequences.size());
   kernels.store(
       {buffers.q, buffers.k, buffers.v, type, num_tokens, shape_.num_heads, shape_.num_kv_heads,
-       shape_.head_dim, buffers.cos, buffers.sin, sequences.data(), num_sequences},
+       shape_.head_dim, buffers.cos, buffers.sin, sequences, batch.sequences.num_sequences},
       context);
   kernels.attention({{buffers.q, type},
-                     sequences.data(),
-                     num_sequences,
+                     sequences,
+                     batch.sequences.num_sequences,
                      shape_.num_heads,
                      shape_.num_kv_heads,
                      shape_.head_dim,
@@ -218,23 +261,24 @@ void Decoder::run_layer(const KernelTable& kernels, Context& context, int64_t in
 
   normalize(layer.ffn_norm);
   watch.count(kNorms);
-  float* const slot_weights = results.slot_weights + index * num_tokens * shape_.num_slots;
-  int64_t* const experts = results.experts + index * num_tokens * shape_.num_slots;
+  float* const slot_weights = results.slot_weights + index * num_tokens * batch.num_slots;
+  int64_t* const experts = results.experts + index * num_tokens * batch.num_slots;
   kernels.router({{buffers.normed, type},
                   layer.gate,
                   num_tokens,
                   shape_.dim,
-                  layer.num_experts,
-                  shape_.num_slots,
+                  shape_.num_experts,
+                  batch.num_slots,
+                  batch.counts,
                   slot_weights,
                   experts,
-                  results.logits + index * num_tokens * layer.num_experts},
+                  results.router_logits + index * num_tokens * shape_.num_experts},
                  context);
   watch.count(kRouter);
   kernels.experts({{buffers.normed, type},
                    num_tokens,
-                   layer.num_experts,
-                   shape_.num_slots,
+                   shape_.num_experts,
+                   batch.num_slots,
                    slot_weights,
                    experts,
                    layer.w1,
@@ -244,6 +288,37 @@ void Decoder::run_layer(const KernelTable& kernels, Context& context, int64_t in
                    buffers.x},
                   context);
   watch.count(kExperts);
+}
+
+void Decoder::run_head(const KernelTable& kernels, Context& context, const Batch& batch,
+                       const Buffers& buffers, const DecoderResults& results,
+                       double* seconds) const {
+  Stopwatch watch(seconds);
+  const Type type = shape_.type;
+  kernels.norm({{buffers.x, type}, norm_, batch.num_tokens, shape_.dim, shape_.eps, results.hidden},
+               context);
+  watch.count(kNorms);
+  if (batch.num_rows == 0) return;
+  const char* hidden = static_cast<const char*>(results.hidden);
+  if (batch.rows != nullptr) {
+    const int64_t size = shape_.dim * count_bytes(type);
+    for (int64_t r = 0; context.thread == 0 && r < batch.num_rows; ++r)
+      std::memcpy(buffers.rows + r * size, hidden + batch.rows[r] * size,
+                  static_cast<size_t>(size));
+    context.team->wait();
+    hidden = buffers.rows;
+  }
+  void* const scores = type == Type::kFloat ? results.logits : static_cast<void*>(buffers.scores);
+  kernels.linear({{hidden, type}, batch.num_rows, 1, {output_}, {scores}, nullptr}, context);
+  kernels.head({{scores, type},
+                batch.num_rows,
+                output_.num_rows,
+                shape_.num_choices,
+                results.logits,
+                results.best,
+                results.is_finite},
+               context);
+  watch.count(kHead);
 }
 
 }  // namespace tramontane

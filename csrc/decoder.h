@@ -1,6 +1,6 @@
 // A whole decoder of sparse layers in one call: what tramontane/models/transformer.py computes,
-// from the embeddings to the last norm, with the same kernels in the same order, and so the same
-// bits.
+// from the embeddings to the scores of the next tokens, with the same kernels in the same order,
+// and so the same bits.
 #pragma once
 
 #include <vector>
@@ -14,50 +14,86 @@ struct DecoderLayer {
   Weight wq, wk, wv, wo;
   Values gate;  // (E, D)
   Weight w1, w2, w3;
-  int64_t num_experts;
 };
 
 struct DecoderShape {
-  int64_t dim, num_heads, num_kv_heads, head_dim, vocab_size, num_slots;
-  int64_t window;  // keys that a query sees; 0: all
+  int64_t dim, num_heads, num_kv_heads, head_dim, num_embeddings, num_experts;
+  int64_t window;       // keys that a query sees; 0: all
+  int64_t num_choices;  // columns of the head that a next token is chosen from
   float eps;
   Type type;  // of activations
 };
 
-// The cache of one sequence in the first layer, and how many bytes further those of the others are.
-struct SequenceCache {
-  int64_t num_queries, num_keys;
+// The keys and values of all sequences, (L, 2, num_blocks, G, block_size, S): where the keys of the
+// first layer begin, and how many bytes further values and the next layers are.
+struct CachePool {
   char* keys;
   int64_t values_offset, layer_offset;
   Type type;
   int64_t block_size;
-  const int64_t* blocks;
 };
 
-// Results: hidden (T, D) after the last norm; of the routers (L, T, K), (L, T, K) and (L, T, E).
+// B sequences of a batch, see Sequence, in arrays.
+struct SequenceTable {
+  int64_t num_sequences, max_blocks;
+  const int64_t *num_queries, *num_keys;  // (B,)
+  const int64_t* block_tables;            // (B, max_blocks); the blocks that are read are believed
+};
+
+// Throws std::invalid_argument unless they have so many tokens, in blocks of that size.
+void check_sequences(const SequenceTable& table, int64_t num_tokens, int64_t block_size);
+
+void add_sequences(const SequenceTable& table, const Cache& cache, std::vector<Sequence>& to);
+
+// What one call runs: the tokens (T,) of the sequences, one sequence after another.
+struct Batch {
+  const int64_t* tokens;
+  int64_t num_tokens;
+  CachePool pool;
+  SequenceTable sequences;
+  const float *cos, *sin;  // (num_positions, S / 2): angles of the positions 0, 1, ...
+  int64_t num_positions;
+  const int64_t* rows;  // (num_rows,) tokens whose scores are wanted; null: all
+  int64_t num_rows;
+  const int64_t* counts;  // (T,) experts of each token, 1 .. num_slots; null: num_slots
+  int64_t num_slots;
+};
+
+// Where results go: hidden (T, D) after the last norm; of the routers (L, T, K), (L, T, K) and
+// (L, T, E); of the head scores (R, V), and of each row what `HeadArguments` says.
 struct DecoderResults {
   void* hidden;
   float* slot_weights;
   int64_t* experts;
+  float* router_logits;
   float* logits;
+  int64_t* best;
+  uint8_t* is_finite;
 };
 
 // Parts of a step whose time is counted.
-enum Part { kEmbeddings, kNorms, kAttentionLinear, kAttention, kRouter, kExperts, kNumParts };
+enum Part {
+  kEmbeddings,
+  kNorms,
+  kAttentionLinear,
+  kAttention,
+  kRouter,
+  kExperts,
+  kHead,
+  kNumParts
+};
 
 class Decoder {
  public:
-  Decoder(const DecoderShape& shape, Values embeddings, Values norm)
-      : shape_(shape), embeddings_(embeddings), norm_(norm) {}
+  Decoder(const DecoderShape& shape, Values embeddings, Values norm, Weight output)
+      : shape_(shape), embeddings_(embeddings), norm_(norm), output_(output) {}
 
   void add_layer(const DecoderLayer& layer) { layers_.push_back(layer); }
 
-  // `cos` and `sin` hold the angles of the positions 0, 1, ... (S / 2 each). Tokens lie sequence
-  // after sequence. One call at a time. Throws std::bad_alloc, and std::out_of_range on an id that
-  // is none.
-  void run(const KernelTable& kernels, const int64_t* tokens,
-           const std::vector<SequenceCache>& caches, const float* cos, const float* sin,
-           const DecoderResults& results, int num_threads);
+  // One call at a time. Throws std::bad_alloc, std::out_of_range on an id that is none, and
+  // std::invalid_argument on numbers that do not fit together.
+  void run(const KernelTable& kernels, const Batch& batch, const DecoderResults& results,
+           int num_threads);
 
   // Seconds that all calls of `run` have spent in each part.
   const double* seconds() const { return seconds_; }
@@ -66,12 +102,18 @@ class Decoder {
   struct Buffers;
   class Pass;
 
-  void run_layer(const KernelTable& kernels, Context& context, int64_t index,
-                 const std::vector<Sequence>& sequences, const Buffers& buffers,
-                 const DecoderResults& results, double* seconds) const;
+  void check(const Batch& batch) const;
+  Buffers reserve_buffers(const Batch& batch, Scratch& memory) const;
+  void embed(const Batch& batch, const Buffers& buffers) const;
+  void run_layer(const KernelTable& kernels, Context& context, int64_t index, const Batch& batch,
+                 const Sequence* sequences, const Buffers& buffers, const DecoderResults& results,
+                 double* seconds) const;
+  void run_head(const KernelTable& kernels, Context& context, const Batch& batch,
+                const Buffers& buffers, const DecoderResults& results, double* seconds) const;
 
   DecoderShape shape_;
   Values embeddings_, norm_;
+  Weight output_;
   std::vector<DecoderLayer> layers_;
   double seconds_[kNumParts] = {};
 };

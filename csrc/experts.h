@@ -18,12 +18,13 @@ class ExpertsTask final : public Task {
       : a_(arguments),
         first_(first),
         num_tokens_(num_tokens),
-        num_rows_(num_tokens * arguments.num_slots),
         dim_(arguments.w1.num_columns),
         hidden_dim_(arguments.w1.num_rows),
         hidden_stride_(round_up(arguments.w1.num_rows, 16)),
-        wide_length_(round_up(arguments.w1.num_columns, 16)),
-        rows_at_once_(num_rows_ < kExpertRowsAtOnce ? num_rows_ : kExpertRowsAtOnce) {
+        wide_length_(round_up(arguments.w1.num_columns, 16)) {
+    const int64_t* const ids = a_.experts + first * a_.num_slots;
+    for (int64_t i = 0; i < num_tokens * a_.num_slots; ++i) num_rows_ += ids[i] != kNoExpert;
+    rows_at_once_ = num_rows_ < kExpertRowsAtOnce ? num_rows_ : kExpertRowsAtOnce;
     panel_bytes_ = count_panel_bytes(dim_) > count_panel_bytes(hidden_dim_)
                        ? count_panel_bytes(dim_)
                        : count_panel_bytes(hidden_dim_);
@@ -35,7 +36,7 @@ class ExpertsTask final : public Task {
         is_packed ? Inputs::count_bytes(num_rows_, a_.w2) : 0,  // and packed, as inputs of w2
         round_up(num_rows_ * dim_ * 4, 64),                     // outputs
         round_up(num_rows_ * 8, 64),                            // token of each row
-        round_up(num_rows_ * 8, 64),                            // row of each slot
+        round_up(num_tokens_ * a_.num_slots * 8, 64),           // row of each slot
         round_up((a_.num_experts + 1) * 8, 64),                 // first row of each expert
     };
     int64_t total = 0;
@@ -83,9 +84,12 @@ class ExpertsTask final : public Task {
   void sort_by_expert() {
     const int64_t* experts = a_.experts + first_ * a_.num_slots;
     for (int64_t e = 0; e <= a_.num_experts; ++e) begins_[e] = 0;
-    for (int64_t i = 0; i < num_rows_; ++i) ++begins_[experts[i] + 1];
+    const int64_t num_slots = num_tokens_ * a_.num_slots;
+    for (int64_t i = 0; i < num_slots; ++i)
+      if (experts[i] != kNoExpert) ++begins_[experts[i] + 1];
     for (int64_t e = 0; e < a_.num_experts; ++e) begins_[e + 1] += begins_[e];
-    for (int64_t i = 0; i < num_rows_; ++i) {  // begins_[e] moves to the end of e, and back below
+    for (int64_t i = 0; i < num_slots; ++i) {  // begins_[e] moves to the end of e, and back below
+      if (experts[i] == kNoExpert) continue;
       const int64_t row = begins_[experts[i]]++;
       token_of_row_[row] = i / a_.num_slots;
       row_of_slot_[i] = row;
@@ -137,21 +141,27 @@ class ExpertsTask final : public Task {
   }
 
   void sum_slots(int64_t t, float* total) {
+    const int64_t first_slot = t * a_.num_slots;
+    const int64_t* const experts = a_.experts + first_ * a_.num_slots + first_slot;
+    bool is_first = true;
     for (int64_t k = 0; k < a_.num_slots; ++k) {
-      const int64_t slot = t * a_.num_slots + k;
+      if (experts[k] == kNoExpert) continue;
+      const int64_t slot = first_slot + k;
       const float* out = outputs_ + row_of_slot_[slot] * dim_;
       const float weight = a_.slot_weights[first_ * a_.num_slots + slot];
       for (int64_t i = 0; i < dim_; ++i) {
         const float part = weight * out[i];
-        total[i] = k == 0 ? part : total[i] + part;
+        total[i] = is_first ? part : total[i] + part;
       }
+      is_first = false;
     }
+    if (is_first) std::memset(total, 0, static_cast<size_t>(dim_) * 4);
     narrow_and_add(total, dim_, a_.residual, a_.out, a_.x.type, (first_ + t) * dim_);
   }
 
   const ExpertsArguments& a_;
-  const int64_t first_, num_tokens_, num_rows_, dim_, hidden_dim_, hidden_stride_, wide_length_;
-  const int64_t rows_at_once_;
+  const int64_t first_, num_tokens_, dim_, hidden_dim_, hidden_stride_, wide_length_;
+  int64_t num_rows_ = 0, rows_at_once_ = 0;  // token copies that go to an expert
   int64_t thread_bytes_ = 0, panel_bytes_ = 0;
   char *inputs_memory_, *hidden_memory_, *thread_memory_;
   float *hidden_, *outputs_;

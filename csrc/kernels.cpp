@@ -4,6 +4,7 @@
 #include "experts.h"
 #include "linear.h"
 #include "router.h"
+#include "sampling.h"
 
 namespace tramontane {
 namespace TRAMONTANE_ISA {
@@ -19,7 +20,9 @@ const KernelTable kernel_table = {TRAMONTANE_TEXT(TRAMONTANE_ISA),
                                   rotate,
                                   store_in_cache,
                                   attention,
-                                  router};
+                                  router,
+                                  head,
+                                  sample};
 
 }  // namespace TRAMONTANE_ISA
 }  // namespace tramontane

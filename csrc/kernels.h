@@ -38,11 +38,13 @@ struct LinearArguments {
   const void* residual;     // (T, N), of the type of x, to be added to the only output; or null
 };
 
+constexpr int64_t kNoExpert = -1;
+
 struct ExpertsArguments {
   Values x;  // (T, D)
   int64_t num_tokens, num_experts, num_slots;
   const float* slot_weights;  // (T, K)
-  const int64_t* experts;     // (T, K)
+  const int64_t* experts;     // (T, K); a slot with kNoExpert is left out
   Weight w1, w2, w3;          // of the first expert; w1 and w3 are both plain or of one group size
   void* out;                  // (T, D), of the type of x
   const void* residual;       // (T, D), of the type of x, to be added; or null
@@ -101,9 +103,33 @@ struct RouterArguments {
   Values x;       // (T, D)
   Values weight;  // (E, D)
   int64_t num_tokens, dim, num_experts, num_slots;
-  float* slot_weights;  // (T, K)
-  int64_t* experts;     // (T, K)
-  float* logits;        // (T, E)
+  const int64_t* counts;  // (T,) slots that a token uses, 1 .. K; null: all
+  float* slot_weights;    // (T, K); of a slot that is not used 0, and its expert kNoExpert
+  int64_t* experts;       // (T, K)
+  float* logits;          // (T, E)
+};
+
+// Scores of the next token as the head gives them, made fp32, and what is asked of each row first:
+// among its first `num_choices`, the largest (the lowest id of equals; any, if they are NaN), and
+// whether all of them are finite.
+struct HeadArguments {
+  Values scores;  // (R, V)
+  int64_t num_rows, num_columns, num_choices;
+  float* logits;       // (R, V); may be where the scores are, if they are fp32
+  int64_t* best;       // (R,)
+  uint8_t* is_finite;  // (R,)
+};
+
+// The next token of each row, as its own settings say: see `sample_tokens` of
+// tramontane/kernels/reference.py.
+struct SampleArguments {
+  const float* logits;  // (R, V), rows `stride` numbers apart
+  int64_t num_rows, num_columns, stride;
+  const float* temperature;  // (R,), as those that follow
+  const int64_t* top_k;
+  const float *top_p, *min_p;
+  const double* numbers;  // from [0, 1)
+  int64_t* tokens;
 };
 
 // Memory for intermediate results: of this thread, grown as needed, kept.
@@ -128,6 +154,8 @@ struct KernelTable {
   void (*store)(const StoreArguments&, Context&);
   void (*attention)(const AttentionArguments&, Context&);
   void (*router)(const RouterArguments&, Context&);
+  void (*head)(const HeadArguments&, Context&);
+  void (*sample)(const SampleArguments&, Context&);
 };
 
 // The best that this processor runs, or the one called `name`; null if it does not run that one.

@@ -1,11 +1,12 @@
 // The Python module `tramontane.kernels._native`: addresses and sizes in, nothing but numbers out.
 //
 // Python has checked shapes and types (tramontane/kernels/native.py); here they are believed. Ids
-// of experts and tokens are looked at here.
+// of experts and tokens are looked at here, blocks of a cache nowhere.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
 #include <stdexcept>
+#include <vector>
 
 #include "decoder.h"
 #include "kernels.h"
@@ -53,7 +54,8 @@ void run_experts(uintptr_t x, int type, int64_t num_tokens, int64_t num_experts,
                  const Weight& w3, uintptr_t out, int num_threads) {
   const auto* ids = at<const int64_t>(experts);
   for (int64_t i = 0; i < num_tokens * num_slots; ++i)
-    if (ids[i] < 0 || ids[i] >= num_experts) throw std::out_of_range("there is no such expert");
+    if (ids[i] != kNoExpert && (ids[i] < 0 || ids[i] >= num_experts))
+      throw std::out_of_range("there is no such expert");
   Context context{scratch, num_threads};
   kernels->experts({{at<const void>(x), to_type(type)},
                     num_tokens,
@@ -114,9 +116,33 @@ void run_attention(uintptr_t q, int type, uintptr_t k, uintptr_t v, int cache_ty
                      context);
 }
 
+void run_paged_attention(uintptr_t q, int type, int64_t num_tokens, uintptr_t keys,
+                         uintptr_t values, int cache_type, int64_t block_size,
+                         int64_t num_sequences, uintptr_t num_queries, uintptr_t num_keys,
+                         uintptr_t block_tables, int64_t max_blocks, int64_t num_heads,
+                         int64_t num_kv_heads, int64_t head_dim, int64_t window, uintptr_t out,
+                         int num_threads) {
+  const SequenceTable table{num_sequences, max_blocks, at<const int64_t>(num_queries),
+                            at<const int64_t>(num_keys), at<const int64_t>(block_tables)};
+  check_sequences(table, num_tokens, block_size);
+  std::vector<Sequence> sequences;
+  add_sequences(table, {at<void>(keys), at<void>(values), to_type(cache_type), block_size},
+                sequences);
+  Context context{scratch, num_threads};
+  kernels->attention({{at<const void>(q), to_type(type)},
+                      sequences.data(),
+                      num_sequences,
+                      num_heads,
+                      num_kv_heads,
+                      head_dim,
+                      window,
+                      at<void>(out)},
+                     context);
+}
+
 void run_router(uintptr_t x, int type, uintptr_t weight, int weight_type, int64_t num_tokens,
-                int64_t dim, int64_t num_experts, int64_t num_slots, uintptr_t slot_weights,
-                uintptr_t experts, uintptr_t logits, int num_threads) {
+                int64_t dim, int64_t num_experts, int64_t num_slots, uintptr_t counts,
+                uintptr_t slot_weights, uintptr_t experts, uintptr_t logits, int num_threads) {
   Context context{scratch, num_threads};
   kernels->router({{at<const void>(x), to_type(type)},
                    {at<const void>(weight), to_type(weight_type)},
@@ -124,23 +150,35 @@ void run_router(uintptr_t x, int type, uintptr_t weight, int weight_type, int64_
                    dim,
                    num_experts,
                    num_slots,
+                   at<const int64_t>(counts),
                    at<float>(slot_weights),
                    at<int64_t>(experts),
                    at<float>(logits)},
                   context);
 }
 
+void run_sample(uintptr_t logits, int64_t num_rows, int64_t num_columns, int64_t stride,
+                uintptr_t temperature, uintptr_t top_k, uintptr_t top_p, uintptr_t min_p,
+                uintptr_t numbers, uintptr_t tokens, int num_threads) {
+  Context context{scratch, num_threads};
+  kernels->sample({at<const float>(logits), num_rows, num_columns, stride,
+                   at<const float>(temperature), at<const int64_t>(top_k), at<const float>(top_p),
+                   at<const float>(min_p), at<const double>(numbers), at<int64_t>(tokens)},
+                  context);
+}
+
+// Sizes: those of DecoderShape, in its order.
 void build_decoder(Decoder* self, nb::tuple sizes, float eps, int type, uintptr_t embeddings,
-                   uintptr_t norm) {
+                   uintptr_t norm, const Weight& output) {
   const auto size = [&](size_t i) { return nb::cast<int64_t>(sizes[i]); };
-  const DecoderShape shape{size(0), size(1), size(2), size(3),      size(4),
-                           size(5), size(6), eps,     to_type(type)};
+  const DecoderShape shape{size(0), size(1), size(2), size(3), size(4),
+                           size(5), size(6), size(7), eps,     to_type(type)};
   new (self) Decoder(shape, {at<const void>(embeddings), to_type(type)},
-                     {at<const void>(norm), to_type(type)});
+                     {at<const void>(norm), to_type(type)}, output);
 }
 
 void add_layer(Decoder& decoder, int type, uintptr_t attention_norm, uintptr_t ffn_norm,
-               nb::tuple attention, uintptr_t gate, nb::tuple experts, int64_t num_experts) {
+               nb::tuple attention, uintptr_t gate, nb::tuple experts) {
   const auto values = [&](uintptr_t address) {
     return Values{at<const void>(address), to_type(type)};
   };
@@ -149,33 +187,39 @@ void add_layer(Decoder& decoder, int type, uintptr_t attention_norm, uintptr_t f
   };
   decoder.add_layer({values(attention_norm), values(ffn_norm), weight(attention, 0),
                      weight(attention, 1), weight(attention, 2), weight(attention, 3), values(gate),
-                     weight(experts, 0), weight(experts, 1), weight(experts, 2), num_experts});
+                     weight(experts, 0), weight(experts, 1), weight(experts, 2)});
 }
 
-// A cache is (num_queries, num_keys, keys, values_offset, layer_offset, type, block_size, blocks);
-// no blocks: the first is all.
-void run_decoder(Decoder& decoder, uintptr_t tokens, nb::list caches, uintptr_t cos, uintptr_t sin,
-                 uintptr_t hidden, uintptr_t slot_weights, uintptr_t experts, uintptr_t logits,
+void run_decoder(Decoder& decoder, uintptr_t tokens, int64_t num_tokens, uintptr_t keys,
+                 int64_t values_offset, int64_t layer_offset, int cache_type, int64_t block_size,
+                 int64_t num_sequences, uintptr_t num_queries, uintptr_t num_keys,
+                 uintptr_t block_tables, int64_t max_blocks, uintptr_t cos, uintptr_t sin,
+                 int64_t num_positions, uintptr_t rows, int64_t num_rows, uintptr_t counts,
+                 int64_t num_slots, uintptr_t hidden, uintptr_t slot_weights, uintptr_t experts,
+                 uintptr_t router_logits, uintptr_t logits, uintptr_t best, uintptr_t is_finite,
                  int num_threads) {
-  std::vector<SequenceCache> described;
-  for (nb::handle item : caches) {
-    const nb::tuple cache = nb::cast<nb::tuple>(item);
-    const auto number = [&](size_t i) { return nb::cast<int64_t>(cache[i]); };
-    const auto blocks = nb::cast<uintptr_t>(cache[7]);
-    described.push_back({number(0), number(1), at<char>(nb::cast<uintptr_t>(cache[2])), number(3),
-                         number(4), to_type(static_cast<int>(number(5))), number(6),
-                         blocks == 0 ? kFirstBlock : at<const int64_t>(blocks)});
-  }
-  nb::gil_scoped_release release;
-  decoder.run(*kernels, at<const int64_t>(tokens), described, at<const float>(cos),
-              at<const float>(sin),
-              {at<void>(hidden), at<float>(slot_weights), at<int64_t>(experts), at<float>(logits)},
-              num_threads);
+  const Batch batch{at<const int64_t>(tokens),
+                    num_tokens,
+                    {at<char>(keys), values_offset, layer_offset, to_type(cache_type), block_size},
+                    {num_sequences, max_blocks, at<const int64_t>(num_queries),
+                     at<const int64_t>(num_keys), at<const int64_t>(block_tables)},
+                    at<const float>(cos),
+                    at<const float>(sin),
+                    num_positions,
+                    at<const int64_t>(rows),
+                    num_rows,
+                    at<const int64_t>(counts),
+                    num_slots};
+  decoder.run(
+      *kernels, batch,
+      {at<void>(hidden), at<float>(slot_weights), at<int64_t>(experts), at<float>(router_logits),
+       at<float>(logits), at<int64_t>(best), at<uint8_t>(is_finite)},
+      num_threads);
 }
 
 nb::dict list_seconds(const Decoder& decoder) {
-  const char* const names[] = {"embeddings", "norms",  "attention's products",
-                               "attention",  "router", "experts"};
+  const char* const names[] = {"embeddings", "norms", "attention's products", "attention", "router",
+                               "experts",    "head"};
   static_assert(sizeof names / sizeof names[0] == kNumParts);
   nb::dict seconds;
   for (int i = 0; i < kNumParts; ++i) seconds[names[i]] = decoder.seconds()[i];
@@ -192,19 +236,21 @@ bool choose_kernels(const std::string& name) {
 
 NB_MODULE(_native, module) {
   kernels = find_kernels(nullptr);
+  const auto without_gil = nb::call_guard<nb::gil_scoped_release>();
   nb::class_<Weight>(module, "Weight").def("__init__", build_weight);
   nb::class_<Decoder>(module, "Decoder")
       .def("__init__", build_decoder)
       .def("add_layer", add_layer)
-      .def("run", run_decoder)
+      .def("run", run_decoder, without_gil)
       .def("list_seconds", list_seconds);
-  const auto without_gil = nb::call_guard<nb::gil_scoped_release>();
   module.def("linear", run_linear);
   module.def("experts", run_experts, without_gil);
   module.def("norm", run_norm, without_gil);
   module.def("rotate", run_rotate, without_gil);
   module.def("attention", run_attention, without_gil);
+  module.def("paged_attention", run_paged_attention, without_gil);
   module.def("router", run_router, without_gil);
+  module.def("sample", run_sample, without_gil);
   module.def("use_openmp", [](const std::string& path) { return use_openmp(path.c_str()); });
   module.def("choose_kernels", choose_kernels);
   module.def("get_name", [] { return std::string(kernels->name); });

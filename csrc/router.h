@@ -23,14 +23,15 @@ class RouterTask final : public Task {
       multiply(inputs, nullptr, 0, 1, weight_, 0, 0, a_.num_experts, logits, a_.num_experts,
                nullptr);
       for (int64_t e = 0; e < a_.num_experts; ++e) logits[e] = round_to(logits[e], a_.x.type);
-      choose(logits, a_.slot_weights + t * a_.num_slots, a_.experts + t * a_.num_slots);
+      choose(logits, a_.counts == nullptr ? a_.num_slots : a_.counts[t],
+             a_.slot_weights + t * a_.num_slots, a_.experts + t * a_.num_slots);
     }
   }
 
  private:
   // Of equal logits the lower expert comes first. NaN counts as the largest, as in torch.sort.
-  void choose(const float* logits, float* weights, int64_t* experts) const {
-    for (int64_t k = 0; k < a_.num_slots; ++k) {
+  void choose(const float* logits, int64_t count, float* weights, int64_t* experts) const {
+    for (int64_t k = 0; k < count; ++k) {
       int64_t best = -1;
       for (int64_t e = 0; e < a_.num_experts; ++e) {
         bool is_taken = false;
@@ -40,11 +41,12 @@ class RouterTask final : public Task {
       experts[k] = best;
     }
     float total = 0;
-    for (int64_t k = 0; k < a_.num_slots; ++k) {
+    for (int64_t k = 0; k < count; ++k) {
       weights[k] = expf(logits[experts[k]] - logits[experts[0]]);
       total += weights[k];
     }
-    for (int64_t k = 0; k < a_.num_slots; ++k) weights[k] /= total;
+    for (int64_t k = 0; k < count; ++k) weights[k] /= total;
+    for (int64_t k = count; k < a_.num_slots; ++k) weights[k] = 0, experts[k] = kNoExpert;
   }
 
   static bool is_above(float a, float b) { return a > b || (a != a && b == b); }

@@ -80,6 +80,10 @@ static inline Vec round(Vec a) {
   return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 static inline Vec scale_by_power(Vec a, Vec exponent) { return _mm512_scalef_ps(a, exponent); }
+// v where x >= least, 0 elsewhere: where x is NaN, too.
+static inline Vec keep_at_least(Vec v, Vec x, Vec least) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, least, _CMP_GE_OQ), v);
+}
 
 static inline __m256 fold(Vec v) {
   return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
@@ -114,6 +118,9 @@ static inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 static inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 static inline Vec round(Vec a) {
   return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+static inline Vec keep_at_least(Vec v, Vec x, Vec least) {
+  return _mm256_and_ps(v, _mm256_cmp_ps(x, least, _CMP_GE_OQ));
 }
 // `exponent` holds whole numbers from -126 to 127.
 static inline Vec scale_by_power(Vec a, Vec exponent) {
@@ -177,6 +184,9 @@ static inline Vec fma(Vec a, Vec b, Vec c) {
 }
 static inline Vec round(Vec a) {
   return each_lane([&](int i) { return nearbyintf(a.at[i]); });
+}
+static inline Vec keep_at_least(Vec v, Vec x, Vec least) {
+  return each_lane([&](int i) { return x.at[i] >= least.at[i] ? v.at[i] : 0.0f; });
 }
 static inline Vec scale_by_power(Vec a, Vec exponent) {
   return each_lane([&](int i) {

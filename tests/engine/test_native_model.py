@@ -116,29 +116,6 @@ def test_a_model_with_other_weights_is_another(change: Callable[[Transformer], N
         native.run(make_tokens(3), [3], [cache])
 
 
-def test_blocks_of_a_cache_may_lie_anywhere() -> None:
-    """Blocks of 16 tokens in any order give the bits of one contiguous block."""
-    model = make_model(make_config())
-    native, config = build_native_model(model), model.config
-    assert native is not None
-    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
-    shape = (config.n_layers, 2, 8, config.n_kv_heads, 16, config.head_dim)
-    pool = torch.full(shape, float("nan"))
-    contiguous = KVCache(config, max_tokens=100)
-    with torch.inference_mode():
-        for num_tokens in (20, 1, 40, 1, 33):
-            tokens = make_tokens(num_tokens, seed=num_tokens)
-            end = contiguous.num_tokens + num_tokens
-            paged = contiguous.locate(num_tokens)._replace(
-                keys=pool.data_ptr(), values_offset=pool.stride(1) * 4,
-                layer_offset=pool.stride(0) * 4, block_size=16, blocks=order.data_ptr(),
-            )  # fmt: skip
-            actual = native._decoder.run(tokens, [paged], *native._find_rope(end))
-            expected = native.run(tokens, [num_tokens], [contiguous])
-            assert expected is not None
-            assert torch.equal(actual.hidden, expected.hidden)
-
-
 def test_there_is_no_such_token() -> None:
     model = make_model(make_config())
     native, cache = build_native_model(model), KVCache(model.config, max_tokens=10)

@@ -292,17 +292,6 @@ def test_what_does_not_fit_together_is_refused_by_torch() -> None:
             run()
 
 
-def test_there_is_no_such_expert() -> None:
-    cube, weights = draw(4, 32, 32), torch.ones(1, 2)
-    packed = draw_weight(4, 32, 32, bits=4)
-    for expert in (-1, 4, 2**40):
-        experts = torch.tensor([[0, expert]])
-        with pytest.raises(IndexError, match="no such expert"):
-            native.moe_experts(draw(1, 32), weights, experts, cube, cube, cube)
-        with pytest.raises(IndexError, match="no such expert"):
-            native.quantized_experts(draw(1, 32), weights, experts, packed, packed, packed)
-
-
 def test_a_quantised_weight_that_was_cast_is_refused() -> None:
     weight = draw_weight(16, 32, bits=8)
     with pytest.raises(ConfigError, match="may not be cast or moved"):

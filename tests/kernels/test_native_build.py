@@ -58,7 +58,9 @@ def test_no_read_beyond_and_nothing_undefined(tmp_path: Path) -> None:
     (extension,) = tmp_path.glob("_native*.so")
     done = run(
         sys.executable, "-c", RUN_TESTS, str(extension), "-q", "-p", "no:cacheprovider",
-        "tests/kernels/test_native.py", "tests/engine/test_native_model.py",
+        "tests/kernels/test_native.py", "tests/kernels/test_experts_per_token.py",
+        "tests/kernels/test_native_decoder.py", "tests/kernels/test_paged.py",
+        "tests/kernels/test_sampling.py",
         LD_PRELOAD=preload, ASAN_OPTIONS="detect_leaks=0",
     )  # fmt: skip
     assert " passed" in done.stdout

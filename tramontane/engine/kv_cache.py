@@ -15,8 +15,7 @@ from torch import Tensor
 from tramontane.config import ModelConfig
 from tramontane.errors import CapacityError
 from tramontane.kernels.dispatch import get_kernels
-from tramontane.kernels.native import TYPES
-from tramontane.kernels.native_decoder import SequenceCache
+from tramontane.kernels.native_decoder import CachePool
 
 
 class LayerCache:
@@ -94,19 +93,10 @@ class KVCache:
         """Whether so many more tokens fit without going around a rolling cache."""
         return self.num_tokens + num_tokens <= self._buffer.shape[3]
 
-    def locate(self, num_tokens: int) -> SequenceCache:
-        """Where the extension finds the keys and values once so many new tokens have come."""
-        per_layer, per_kind = (self._buffer.stride(i) * self._buffer.itemsize for i in (0, 1))
-        return SequenceCache(
-            num_queries=num_tokens,
-            num_keys=self.num_tokens + num_tokens,
-            keys=self._buffer.data_ptr(),
-            values_offset=per_kind,
-            layer_offset=per_layer,
-            type=TYPES[self._buffer.dtype],
-            block_size=self._buffer.shape[3],
-            blocks=0,
-        )
+    @property
+    def pool(self) -> CachePool:
+        """The cache as the extension reads it: one block."""
+        return CachePool.locate(self._buffer[:, :, None])
 
     def advance(self, num_tokens: int) -> None:
         """The extension has written the keys and values of so many new tokens."""

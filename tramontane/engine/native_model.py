@@ -15,7 +15,13 @@ from tramontane.engine.kv_cache import KVCache
 from tramontane.errors import CapacityError
 from tramontane.kernels import native
 from tramontane.kernels.dispatch import get_kernels
-from tramontane.kernels.native_decoder import DecoderSizes, LayerWeights, NativeDecoder, Weight
+from tramontane.kernels.native_decoder import (
+    DecoderResults,
+    DecoderSizes,
+    LayerWeights,
+    NativeDecoder,
+    Weight,
+)
 from tramontane.models.transformer import DecoderLayer, ForwardOutput, Transformer
 from tramontane.nn.attention import Attention
 from tramontane.nn.experts import GroupedExperts
@@ -30,7 +36,7 @@ from tramontane.quant.modules import QuantizedExperts, QuantizedLinear
 class NativeModel:
     """Runs batches of sequences through `model`, whose weights the extension reads in place."""
 
-    def __init__(self, model: Transformer, layers: Sequence[LayerWeights]) -> None:
+    def __init__(self, model: Transformer, layers: Sequence[LayerWeights], output: Weight) -> None:
         config = model.config
         assert config.moe is not None
         self._model, self._config = model, config
@@ -40,7 +46,7 @@ class NativeModel:
         self._kept = [tensor.untyped_storage() for tensor in _list_tensors(model)]
         self._rope = RopeAngles(torch.empty(0), torch.empty(0))
         sizes = DecoderSizes(
-            config.dim, config.n_heads, config.n_kv_heads, config.head_dim, config.vocab_size,
+            config.dim, config.n_heads, config.n_kv_heads, config.head_dim,
             config.moe.num_experts_per_tok, config.sliding_window or 0,
         )  # fmt: skip
         self._decoder = NativeDecoder(
@@ -48,6 +54,8 @@ class NativeModel:
             layers,
             tok_embeddings=model.tok_embeddings.weight,
             norm=model.norm.weight,
+            output=output,
+            num_choices=config.vocab_size,
             eps=config.norm_eps,
         )
 
@@ -65,20 +73,29 @@ class NativeModel:
         was_moved = self._first.data_ptr() != self._state[0].address
         if not has_room or was_moved:
             return None
-        located = [cache.locate(num_tokens) for cache, num_tokens in pairs]
-        rope = self._find_rope(max(cache.num_keys for cache in located))
         try:
-            results = self._decoder.run(tokens, located, *rope)
+            parts = zip(tokens.split(list(seqlens)), caches, strict=True)
+            results = [self._run_sequence(part, cache) for part, cache in parts]
         except MemoryError as error:
             raise CapacityError(
                 f"no memory to run {len(tokens)} tokens at once; lower max_num_batched_tokens"
             ) from error
         for cache, num_tokens in pairs:
             cache.advance(num_tokens)
+        hidden = torch.cat([result.hidden for result in results])
         if not with_routing:
-            return ForwardOutput(results.hidden, ())
-        routing = zip(results.weights, results.experts, results.logits, strict=True)
-        return ForwardOutput(results.hidden, tuple(Routing(*layer) for layer in routing))
+            return ForwardOutput(hidden, ())
+        decisions = zip(*((r.weights, r.experts, r.router_logits) for r in results), strict=True)
+        routing = zip(*(torch.cat(parts, dim=1) for parts in decisions), strict=True)
+        return ForwardOutput(hidden, tuple(Routing(*layer) for layer in routing))
+
+    def _run_sequence(self, tokens: Tensor, cache: KVCache) -> DecoderResults:
+        """One sequence, whose cache is a pool of one block; the head is the caller's."""
+        end, nothing = cache.num_tokens + len(tokens), torch.empty(0, dtype=torch.int64)
+        return self._decoder.run(
+            tokens, cache.pool, torch.tensor([len(tokens)]), torch.tensor([end]),
+            torch.zeros(1, 1, dtype=torch.int64), *self._find_rope(end), rows=nothing,
+        )  # fmt: skip
 
     def is_current(self) -> bool:
         """Whether the model still has the weights it had, where they were."""
@@ -129,10 +146,10 @@ def build_native_model(model: Transformer) -> NativeModel | None:
     plain = [model.tok_embeddings.weight, model.norm.weight]
     for weights in layers:
         plain += [weights.attention_norm, weights.ffn_norm, weights.gate]
-    dtypes = {tensor.dtype for tensor in plain}
-    if len(dtypes) != 1 or not dtypes <= set(native.TYPES):
+    dtypes, output = {tensor.dtype for tensor in plain}, _find_weight(model.output)
+    if len(dtypes) != 1 or not dtypes <= set(native.TYPES) or output is None:
         return None
-    return NativeModel(model, layers)
+    return NativeModel(model, layers, output)
 
 
 def _list_weights(layer: nn.Module, config: ModelConfig) -> LayerWeights | None:

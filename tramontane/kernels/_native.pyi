@@ -3,8 +3,6 @@
 Types: 0 is fp32, 1 is bf16. `bits` of a weight is 0 for plain numbers.
 """
 
-from collections.abc import Sequence
-
 class Weight:
     """A matrix (N, M), or the first of a stack."""
 
@@ -17,15 +15,19 @@ class Decoder:
     """See csrc/decoder.h."""
 
     def __init__(
-        self, sizes: tuple[int, ...], eps: float, type: int, embeddings: int, norm: int, /
-    ) -> None: ...
+        self, sizes: tuple[int, ...], eps: float, type: int, embeddings: int, norm: int,
+        output: Weight, /,
+    ) -> None: ...  # fmt: skip
     def add_layer(
         self, type: int, attention_norm: int, ffn_norm: int, attention: tuple[Weight, ...],
-        gate: int, experts: tuple[Weight, ...], num_experts: int, /,
+        gate: int, experts: tuple[Weight, ...], /,
     ) -> None: ...  # fmt: skip
     def run(
-        self, tokens: int, caches: Sequence[tuple[int, ...]], cos: int, sin: int, hidden: int,
-        slot_weights: int, experts: int, logits: int, num_threads: int, /,
+        self, tokens: int, num_tokens: int, keys: int, values_offset: int, layer_offset: int,
+        cache_type: int, block_size: int, num_sequences: int, num_queries: int, num_keys: int,
+        block_tables: int, max_blocks: int, cos: int, sin: int, num_positions: int, rows: int,
+        num_rows: int, counts: int, num_slots: int, hidden: int, slot_weights: int, experts: int,
+        router_logits: int, logits: int, best: int, is_finite: int, num_threads: int, /,
     ) -> None: ...  # fmt: skip
     def list_seconds(self) -> dict[str, float]: ...
 
@@ -50,9 +52,18 @@ def attention(
     num_heads: int, num_kv_heads: int, head_dim: int, head_slots: int, window: int, out: int,
     num_threads: int, /,
 ) -> None: ...  # fmt: skip
+def paged_attention(
+    q: int, type: int, num_tokens: int, keys: int, values: int, cache_type: int, block_size: int,
+    num_sequences: int, num_queries: int, num_keys: int, block_tables: int, max_blocks: int,
+    num_heads: int, num_kv_heads: int, head_dim: int, window: int, out: int, num_threads: int, /,
+) -> None: ...  # fmt: skip
 def router(
     x: int, type: int, weight: int, weight_type: int, num_tokens: int, dim: int, num_experts: int,
-    num_slots: int, slot_weights: int, experts: int, logits: int, num_threads: int, /,
+    num_slots: int, counts: int, slot_weights: int, experts: int, logits: int, num_threads: int, /,
+) -> None: ...  # fmt: skip
+def sample(
+    logits: int, num_rows: int, num_columns: int, stride: int, temperature: int, top_k: int,
+    top_p: int, min_p: int, numbers: int, tokens: int, num_threads: int, /,
 ) -> None: ...  # fmt: skip
 def use_openmp(path: str, /) -> bool: ...
 def choose_kernels(name: str, /) -> bool: ...

@@ -20,6 +20,7 @@ from tramontane.errors import ConfigError
 from tramontane.kernels import fused
 from tramontane.kernels.fused import linear_cross_entropy
 from tramontane.kernels.packing import PackedWeight
+from tramontane.kernels.reference import check_counts, store_paged
 
 try:
     from tramontane.kernels import _native
@@ -33,10 +34,13 @@ __all__ = [
     "linear_cross_entropy",
     "moe_experts",
     "packed_attention",
+    "paged_attention",
     "quantized_experts",
     "quantized_linear",
     "rms_norm",
     "rotate",
+    "sample_tokens",
+    "store_paged",
     "top_k_router",
     "top_k_routing",
 ]
@@ -130,20 +134,23 @@ def quantized_experts(
 
 
 def top_k_router(
-    x: Tensor, weight: Tensor, num_experts_per_tok: int
+    x: Tensor, weight: Tensor, num_experts_per_tok: int, counts: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.top_k_router`."""
     (num_tokens, dim), num_experts = x.shape, len(weight)
     fits = weight.shape[1:] == (dim,) and num_experts_per_tok <= num_experts
     if not (fits and _runs_natively(x, weight)):
-        return fused.top_k_router(x, weight, num_experts_per_tok)
+        return fused.top_k_router(x, weight, num_experts_per_tok, counts)
+    if counts is not None:
+        check_counts(counts, num_tokens, num_experts_per_tok)
+        counts = counts.cpu().contiguous()
     weights = x.new_empty((num_tokens, num_experts_per_tok), dtype=torch.float32)
     experts = x.new_empty((num_tokens, num_experts_per_tok), dtype=torch.int64)
     logits = x.new_empty((num_tokens, num_experts), dtype=torch.float32)
     _native.router(
         x.data_ptr(), TYPES[x.dtype], weight.data_ptr(), TYPES[weight.dtype], num_tokens, dim,
-        num_experts, num_experts_per_tok, weights.data_ptr(), experts.data_ptr(),
-        logits.data_ptr(), torch.get_num_threads(),
+        num_experts, num_experts_per_tok, 0 if counts is None else counts.data_ptr(),
+        weights.data_ptr(), experts.data_ptr(), logits.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return weights, experts, logits
 
@@ -203,9 +210,81 @@ def packed_attention(
     return out
 
 
-def top_k_routing(logits: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
+def paged_attention(
+    q: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    block_tables: Tensor,
+    num_queries: Tensor,
+    num_keys: Tensor,
+    *,
+    window: int | None = None,
+) -> Tensor:
+    """See `reference.paged_attention`. Blocks that are read are believed.
+
+    Raises ValueError on sequences that do not fit the tokens or their blocks.
+    """
+    (_, num_heads, head_dim), num_kv_heads = q.shape, key_pool.shape[1]
+    tables = (block_tables, num_queries, num_keys)
+    fits = (
+        key_pool.shape == value_pool.shape
+        and key_pool.shape[3] == head_dim
+        and key_pool.shape[2] % 16 == 0  # else keys before the window could be read
+        and num_kv_heads > 0
+        and num_heads % num_kv_heads == 0
+        and key_pool.dtype == value_pool.dtype
+        and all(t.is_cpu and t.is_contiguous() and t.dtype == torch.int64 for t in tables)
+        and block_tables.shape[0] == len(num_queries) == len(num_keys)
+    )
+    if not (fits and _runs_natively(q, key_pool, value_pool)):
+        return fused.paged_attention(
+            q, key_pool, value_pool, block_tables, num_queries, num_keys, window=window
+        )
+    out = torch.empty_like(q)
+    _native.paged_attention(
+        q.data_ptr(), TYPES[q.dtype], len(q), key_pool.data_ptr(), value_pool.data_ptr(),
+        TYPES[key_pool.dtype], key_pool.shape[2], len(num_queries), num_queries.data_ptr(),
+        num_keys.data_ptr(), block_tables.data_ptr(), block_tables.shape[1], num_heads,
+        num_kv_heads, head_dim, window or 0, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def top_k_routing(
+    logits: Tensor, num_experts_per_tok: int, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See `reference.top_k_routing`; `top_k_router` does it together with the logits."""
-    return fused.top_k_routing(logits, num_experts_per_tok)
+    return fused.top_k_routing(logits, num_experts_per_tok, counts)
+
+
+def sample_tokens(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    numbers: Tensor,
+) -> Tensor:
+    """See `reference.sample_tokens`. Rows may lie apart: the first columns of wider ones."""
+    settings = (temperature, top_k, top_p, min_p, numbers)
+    dtypes = [setting.dtype for setting in settings]
+    fits = (
+        logits.dtype == torch.float32
+        and logits.is_cpu
+        and logits.shape[1] > 0
+        and logits.stride(1) == 1
+        and dtypes == [torch.float32, torch.int64, torch.float32, torch.float32, torch.float64]
+        and all(s.is_cpu and s.is_contiguous() and s.shape == logits.shape[:1] for s in settings)
+    )
+    if not fits:
+        return fused.sample_tokens(logits, *settings)
+    tokens, (num_rows, num_columns) = torch.empty_like(top_k), logits.shape
+    _native.sample(
+        logits.data_ptr(), num_rows, num_columns, logits.stride(0), temperature.data_ptr(),
+        top_k.data_ptr(), top_p.data_ptr(), min_p.data_ptr(), numbers.data_ptr(),
+        tokens.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return tokens
 
 
 def _runs_natively(*tensors: Tensor) -> bool:

@@ -1,7 +1,8 @@
 """A whole decoder of sparse layers in one call of the extension (csrc/decoder.h).
 
 At a few tens of microseconds per token the calls between kernels would cost more than they do.
-Shapes: T tokens, D dim, H heads, G kv heads, S head_dim, L layers, E experts, K experts per token.
+Shapes: T tokens, D dim, H heads, G kv heads, S head_dim, L layers, E experts, K experts per token,
+V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -33,42 +34,50 @@ class DecoderSizes(NamedTuple):
     n_heads: int
     n_kv_heads: int
     head_dim: int
-    vocab_size: int
     num_experts_per_tok: int
     window: int
 
 
-class SequenceCache(NamedTuple):
-    """Where one sequence keeps its keys and values, in the order that the extension reads.
+class CachePool(NamedTuple):
+    """The keys and values of all sequences: a tensor (L, 2, num_blocks, G, block_size, S).
 
-    `keys` is the address of the first layer's; values lie `values_offset` bytes further, each next
-    layer `layer_offset`. A block holds (G, block_size, S); `blocks` is the address of int64 block
-    numbers, or 0 if there is one block.
+    `keys` is the address of the first layer's keys; the offsets are bytes. A token at position p of
+    sequence b lies in block block_tables[b, p // block_size], slot p % block_size.
     """
 
-    num_queries: int
-    num_keys: int  # the new ones included
     keys: int
     values_offset: int
     layer_offset: int
     type: int
-    block_size: int
-    blocks: int
+    block_size: int  # a multiple of 16
+
+    @staticmethod
+    def locate(pool: Tensor) -> "CachePool":
+        """Where a contiguous pool lies; the caller keeps its memory."""
+        assert pool.dim() == 6, pool.shape
+        assert pool.shape[1] == 2, pool.shape
+        assert pool.is_contiguous(), pool.stride()
+        layer, kind = (pool.stride(i) * pool.itemsize for i in (0, 1))
+        return CachePool(pool.data_ptr(), kind, layer, TYPES[pool.dtype], pool.shape[4])
 
 
 class DecoderResults(NamedTuple):
-    """hidden (T, D) after the last norm; weights (L, T, K), experts (L, T, K), logits (L, T, E)."""
+    """What one run gives; R tokens are those whose next token's scores were wanted."""
 
-    hidden: Tensor
-    weights: Tensor
-    experts: Tensor
-    logits: Tensor
+    hidden: Tensor  # (T, D), after the last norm
+    weights: Tensor  # (L, T, K) fp32, of the routers
+    experts: Tensor  # (L, T, K) int64
+    router_logits: Tensor  # (L, T, E) fp32
+    logits: Tensor  # (R, V) fp32
+    best: Tensor  # (R,) int64, the largest of the first `num_choices`: the lowest id of equals
+    is_finite: Tensor  # (R,) bool, whether the first `num_choices` are
 
 
 class NativeDecoder:
     """The weights of a decoder, known to the extension by address: it must not outlive them.
 
-    The norms, the gate and the embeddings (V, D) have the dtype of the activations.
+    The norms, the gate and the embeddings (V, D) have the dtype of the activations; of the scores
+    that the head `output` gives, a next token is one of the first `num_choices`.
     """
 
     def __init__(
@@ -78,13 +87,22 @@ class NativeDecoder:
         *,
         tok_embeddings: Tensor,
         norm: Tensor,
+        output: Weight,
+        num_choices: int,
         eps: float,
     ) -> None:
-        self._sizes, self._dtype = sizes, tok_embeddings.dtype
-        self._num_layers, self._num_experts = len(layers), len(layers[0].gate)
+        self._dim, self._num_slots = sizes.dim, sizes.num_experts_per_tok
+        self._dtype, self._num_layers = tok_embeddings.dtype, len(layers)
+        self._num_experts, self._vocab_size = len(layers[0].gate), _count_rows(output)
+        assert all(len(layer.gate) == self._num_experts for layer in layers), layers
+        assert 1 <= num_choices <= self._vocab_size, (num_choices, self._vocab_size)
         kind = TYPES[self._dtype]
+        shape = (
+            sizes.dim, sizes.n_heads, sizes.n_kv_heads, sizes.head_dim, len(tok_embeddings),
+            self._num_experts, sizes.window, num_choices,
+        )  # fmt: skip
         self._decoder = _native.Decoder(
-            tuple(sizes), eps, kind, tok_embeddings.data_ptr(), norm.data_ptr()
+            shape, eps, kind, tok_embeddings.data_ptr(), norm.data_ptr(), describe(output)
         )
         for layer in layers:
             self._decoder.add_layer(
@@ -94,31 +112,66 @@ class NativeDecoder:
                 tuple(describe(weight) for weight in layer.attention),
                 layer.gate.data_ptr(),
                 tuple(describe(weight) for weight in layer.experts),
-                len(layer.gate),
             )
 
     def run(
-        self, tokens: Tensor, caches: list[SequenceCache], cos: Tensor, sin: Tensor
+        self,
+        tokens: Tensor,
+        pool: CachePool,
+        num_queries: Tensor,
+        num_keys: Tensor,
+        block_tables: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        rows: Tensor | None = None,
+        counts: Tensor | None = None,
     ) -> DecoderResults:
-        """Tokens (T,) int64 of the sequences one after another; cos and sin (positions, S/2)."""
-        num_tokens = len(tokens)
-        assert (tokens.dtype, tokens.is_contiguous()) == (torch.int64, True), tokens
-        assert num_tokens == sum(cache.num_queries for cache in caches), (num_tokens, caches)
-        assert max(cache.num_keys for cache in caches) <= len(cos), (caches, len(cos))
-        slots = (self._num_layers, num_tokens, self._sizes.num_experts_per_tok)
+        """Run tokens (T,) of B sequences, one after another, into and over the blocks of `pool`.
+
+        Sequence b brings num_queries[b] tokens, the last of num_keys[b] (B,). Of block_tables
+        (B, N) nothing is read before the window of a sequence's first new token; the others are
+        believed. cos and sin (positions, S/2). `rows` (R,) are the tokens whose next token's scores
+        are wanted, None: all. `counts` (T,) are experts of each token, 1 .. E; K is their maximum.
+        All integers int64. Raises IndexError on a token that there is not, ValueError on numbers
+        that do not fit together, MemoryError.
+        """
+        num_tokens, num_sequences = len(tokens), len(num_queries)
+        num_rows = num_tokens if rows is None else len(rows)
+        for given in (tokens, num_queries, num_keys, block_tables, rows, counts):
+            if given is not None:
+                assert (given.dtype, given.is_contiguous()) == (torch.int64, True), given
+        assert len(num_keys) == len(block_tables) == num_sequences, (num_keys, block_tables)
+        assert counts is None or len(counts) == num_tokens, (counts, num_tokens)
+        assert cos.shape == sin.shape, (cos.shape, sin.shape)
+        num_slots = self._num_slots if counts is None else int(counts.max())
+        slots = (self._num_layers, num_tokens, num_slots)
         results = DecoderResults(
-            torch.empty((num_tokens, self._sizes.dim), dtype=self._dtype),
+            torch.empty((num_tokens, self._dim), dtype=self._dtype),
             torch.empty(slots),
             torch.empty(slots, dtype=torch.int64),
             torch.empty((self._num_layers, num_tokens, self._num_experts)),
+            torch.empty((num_rows, self._vocab_size)),
+            torch.empty(num_rows, dtype=torch.int64),
+            torch.empty(num_rows, dtype=torch.bool),
         )
-        hidden, weights, experts, logits = (result.data_ptr() for result in results)
+        hidden, weights, experts, router_logits, logits, best, is_finite = (
+            result.data_ptr() for result in results
+        )
         self._decoder.run(
-            tokens.data_ptr(), caches, cos.data_ptr(), sin.data_ptr(), hidden, weights, experts,
-            logits, torch.get_num_threads(),
+            tokens.data_ptr(), num_tokens, *pool, num_sequences, num_queries.data_ptr(),
+            num_keys.data_ptr(), block_tables.data_ptr(), block_tables.shape[1], cos.data_ptr(),
+            sin.data_ptr(), len(cos), 0 if rows is None else rows.data_ptr(), num_rows,
+            0 if counts is None else counts.data_ptr(), num_slots,
+            hidden, weights, experts, router_logits, logits, best, is_finite,
+            torch.get_num_threads(),
         )  # fmt: skip
         return results
 
     def list_seconds(self) -> dict[str, float]:
         """Seconds that all runs have spent in each part of the model."""
         return self._decoder.list_seconds()
+
+
+def _count_rows(weight: Weight) -> int:
+    return weight.out_features if isinstance(weight, PackedWeight) else len(weight)

@@ -4,13 +4,16 @@ Shapes: T tokens, M keys, D dim, F hidden_dim, E experts, K experts per token, H
 S head_dim, V vocabulary. Sums that matter are taken in fp32 and cast once, at the end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tramontane.kernels.packing import PackedWeight, dequantize
+from tramontane.kernels.sampling import GREEDY_BELOW, draw_token, filter_logits
+
+NO_EXPERT = -1  # in a slot that a token does not use
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -69,27 +72,108 @@ def packed_attention(
     return torch.cat([causal_attention(*part, window=window) for part in parts])
 
 
-def top_k_routing(logits: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
+def paged_attention(
+    q: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    block_tables: Tensor,
+    num_queries: Tensor,
+    num_keys: Tensor,
+    *,
+    window: int | None = None,
+) -> Tensor:
+    """`causal_attention` of B sequences whose keys and values lie in blocks of pools.
+
+    q (T, H, S), T = sum(num_queries); pools (num_blocks, G, block_size, S); int64 block_tables
+    (B, N), num_queries and num_keys (B,); returns (T, H, S). Position p of sequence b is in block
+    block_tables[b, p // block_size]; blocks wholly before the window of the first query are not
+    read.
+    """
+    parts = split_pages(q, key_pool, value_pool, block_tables, num_queries, num_keys, window=window)
+    return torch.cat([causal_attention(*part, window=window) for part in parts])
+
+
+def split_pages(
+    q: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    block_tables: Tensor,
+    num_queries: Tensor,
+    num_keys: Tensor,
+    *,
+    window: int | None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For each sequence of `paged_attention` its q and the k, v (G, M, S) that it may read."""
+    block_size, seqlens = key_pool.shape[2], num_queries.tolist()
+    assert sum(seqlens) == len(q), (seqlens, q.shape)
+    queries = q.split(seqlens)
+    for i, (seqlen, end) in enumerate(zip(seqlens, num_keys.tolist(), strict=True)):
+        first = 0 if window is None else max(0, end - seqlen + 1 - window) // block_size
+        blocks = block_tables[i, first : -(-end // block_size)]
+        k, v = (
+            pool[blocks].transpose(0, 1).flatten(1, 2)[:, : end - first * block_size]
+            for pool in (key_pool, value_pool)
+        )
+        yield queries[i], k, v
+
+
+def store_paged(k: Tensor, v: Tensor, key_pool: Tensor, value_pool: Tensor, slots: Tensor) -> None:
+    """Write k and v (T, G, S) into pools as in `paged_attention`.
+
+    Token t goes to slots[t] = block * block_size + place in the block, int64 (T,).
+    """
+    blocks, places = slots // key_pool.shape[2], slots % key_pool.shape[2]
+    key_pool[blocks, :, places] = k
+    value_pool[blocks, :, places] = v
+
+
+def top_k_routing(
+    logits: Tensor, num_experts_per_tok: int, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Choose the K largest of the logits (T, E); weights are their softmax (arXiv:2401.04088).
 
     Returns fp32 weights (T, K) in falling order and int64 experts (T, K). Of equal logits the lower
-    expert index comes first, which `torch.topk` alone does not promise.
+    expert index comes first, which `torch.topk` alone does not promise. Token t has only counts[t]
+    experts, 1 .. K, where int64 counts (T,) are given: its other slots hold weight 0, expert -1.
     """
     ordered, experts = torch.sort(logits.float(), dim=-1, descending=True, stable=True)
-    weights = torch.softmax(ordered[:, :num_experts_per_tok], dim=-1)
-    return weights, experts[:, :num_experts_per_tok]
+    ordered, experts = ordered[:, :num_experts_per_tok], experts[:, :num_experts_per_tok]
+    if counts is None:
+        return torch.softmax(ordered, dim=-1), experts
+    check_counts(counts, *ordered.shape)
+    weights, chosen = torch.zeros_like(ordered), torch.full_like(experts, NO_EXPERT)
+    for count in counts.unique().tolist():  # each as if it were everybody's, to the bit
+        rows = counts == count
+        weights[rows, :count] = torch.softmax(ordered[rows, :count], dim=-1)
+        chosen[rows, :count] = experts[rows, :count]
+    return weights, chosen
 
 
 def top_k_router(
-    x: Tensor, weight: Tensor, num_experts_per_tok: int
+    x: Tensor, weight: Tensor, num_experts_per_tok: int, counts: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mixtral's router, x (T, D) and weight (E, D): weights and experts (T, K), logits (T, E).
 
     The product is in the dtype of x, the rest in fp32; see `top_k_routing`.
     """
     logits = linear(x, weight).float()
-    weights, experts = top_k_routing(logits, num_experts_per_tok)
+    weights, experts = top_k_routing(logits, num_experts_per_tok, counts)
     return weights, experts, logits
+
+
+def check_counts(counts: Tensor, num_tokens: int, num_experts_per_tok: int) -> None:
+    """Assert that every token has a number of experts from 1 to K."""
+    assert (counts.dtype, counts.shape) == (torch.int64, (num_tokens,)), counts
+    assert ((counts >= 1) & (counts <= num_experts_per_tok)).all(), (counts, num_experts_per_tok)
+
+
+def check_experts(experts: Tensor, num_experts: int) -> None:
+    """Raise IndexError unless each slot holds one of the experts or `NO_EXPERT`."""
+    is_known = ((experts >= 0) & (experts < num_experts)) | (experts == NO_EXPERT)
+    if not is_known.all():
+        raise IndexError(
+            f"there is no such expert: {experts[~is_known][0]}; there are {num_experts}"
+        )
 
 
 def moe_experts(
@@ -98,8 +182,10 @@ def moe_experts(
     """y_t = sum_k weights[t, k] * w2_e silu(w1_e x_t) * (w3_e x_t) with e = experts[t, k].
 
     x (T, D), weights and experts (T, K), w1 and w3 (E, F, D), w2 (E, D, F); returns (T, D) in the
-    dtype of x. The sum runs in fp32 over the token's own slots k = 0, 1, ..., not in expert order.
+    dtype of x. The sum runs in fp32 over the token's own slots k = 0, 1, ..., not in expert order;
+    slots with expert -1 are left out. Raises IndexError on an expert that there is not.
     """
+    check_experts(experts, len(w1))
     num_slots = experts.shape[1]
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for slot in range(num_slots):
@@ -147,10 +233,12 @@ def quantized_experts(
     x (T, D), weights and experts (T, K), w1 and w3 stacks of (F, D), w2 of (D, F); returns (T, D)
     in the dtype of x. Hidden values stay in fp32 between the products. No gradients.
     """
+    check_experts(experts, len(w1.qweight))
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for slot in range(experts.shape[1]):
-        for expert in experts[:, slot].unique().tolist():
-            rows = torch.nonzero(experts[:, slot] == expert).flatten()  # (N,)
+        chosen = experts[:, slot]
+        for expert in chosen[chosen != NO_EXPERT].unique().tolist():
+            rows = torch.nonzero(chosen == expert).flatten()  # (N,)
             one, two, three = (weight.select(expert) for weight in (w1, w2, w3))
             inputs = x[rows].float()  # (N, D)
             hidden = F.silu(quantized_linear(inputs, one)) * quantized_linear(inputs, three)
@@ -165,3 +253,29 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     """
     logits = (hidden @ weight.t()).float()  # (T, V)
     return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+
+
+def sample_tokens(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    numbers: Tensor,
+) -> Tensor:
+    """The next token of each row of logits (R, V) fp32, as its own settings (R,) say.
+
+    temperature, top_p, min_p fp32, top_k int64: below a temperature of 1e-5 the best; else the
+    filters of `sampling.py` in the order temperature, top-k (0 and less: off), top-p (1: off),
+    min-p (0: off), and what the chances give for numbers (R,) fp64 from [0, 1). Returns int64 (R,);
+    a row of NaN gives some id.
+    """
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    columns = [column.tolist() for column in (temperature, top_k, top_p, min_p, numbers)]
+    for r, (heat, k, p, least, number) in enumerate(zip(*columns, strict=True)):
+        if heat < GREEDY_BELOW:
+            tokens[r] = logits[r].argmax()
+        else:
+            kept = filter_logits(logits[r], temperature=heat, top_k=k, top_p=p, min_p=least)
+            tokens[r] = draw_token(torch.softmax(kept, dim=0), number)
+    return tokens

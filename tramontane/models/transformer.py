@@ -40,11 +40,12 @@ class DecoderLayer(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, rope: RopeAngles, state: AttentionState
+        self, x: Tensor, rope: RopeAngles, state: AttentionState, counts: Tensor | None = None
     ) -> tuple[Tensor, Routing | None]:
-        """x (T, D) -> (y (T, D), Routing or None)."""
+        """x (T, D) -> (y (T, D), Routing or None); counts (T,) as in `nn.moe.MoeLayer`."""
         x = x + self.attention(self.attention_norm(x), rope, state)
-        y, routing = self.feed_forward(self.ffn_norm(x))
+        h = self.ffn_norm(x)
+        y, routing = self.feed_forward(h) if counts is None else self.feed_forward(h, counts)
         return x + y, routing
 
 
@@ -63,16 +64,26 @@ class Transformer(nn.Module):
             self.output.weight = self.tok_embeddings.weight
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, states: Sequence[AttentionState]
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        states: Sequence[AttentionState],
+        *,
+        experts_per_token: Tensor | None = None,
     ) -> ForwardOutput:
-        """tokens and positions (T,) int64, one state per layer -> ForwardOutput."""
+        """tokens and positions (T,) int64, one state per layer -> ForwardOutput.
+
+        A sparse model uses `experts_per_token` (T,) int64 experts, 1 .. E, instead of its own
+        number; K of the routing is the largest of them.
+        """
         assert len(states) == len(self.layers), (len(states), len(self.layers))
         config = self.config
+        assert experts_per_token is None or config.moe is not None, "a dense model has no experts"
         rope = compute_rope(positions, head_dim=config.head_dim, theta=config.rope_theta)
         x = self.tok_embeddings(tokens)  # (T, D)
         decisions = []
         for layer, state in zip(self.layers, states, strict=True):
-            x, routing = layer(x, rope, state)
+            x, routing = layer(x, rope, state, experts_per_token)
             if routing is not None:
                 decisions.append(routing)
         return ForwardOutput(self.norm(x), tuple(decisions))

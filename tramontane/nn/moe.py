@@ -15,7 +15,7 @@ class MoeLayer(nn.Module):
         self.gate = TopKRouter(config, moe)
         self.experts = GroupedExperts(config, moe)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """x (T, D) -> (y (T, D), Routing)."""
-        routing = self.gate(x)
+    def forward(self, x: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """x (T, D) -> (y (T, D), Routing); counts (T,) int64 experts instead of the router's."""
+        routing = self.gate(x) if counts is None else self.gate(x, counts)
         return self.experts(x, routing), routing

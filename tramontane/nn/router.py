@@ -14,10 +14,14 @@ INIT_BOUND = 0.02 * 3**0.5
 
 
 class Routing(NamedTuple):
-    """A router's decision for T tokens."""
+    """A router's decision for T tokens.
+
+    A token that uses fewer than K experts has weight 0 and expert -1 in its last slots; experts
+    leave those out.
+    """
 
     weights: Tensor  # (T, K) fp32, in falling order, summing to 1
-    experts: Tensor  # (T, K) int64
+    experts: Tensor  # (T, K) int64, each its own or -1
     logits: Tensor  # (T, E) fp32
 
 
@@ -30,7 +34,9 @@ class TopKRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(moe.num_experts, config.dim))
         nn.init.uniform_(self.weight, -INIT_BOUND, INIT_BOUND)
 
-    def forward(self, x: Tensor) -> Routing:
-        """x (T, D) -> Routing."""
-        route = get_kernels().top_k_router
-        return Routing(*route(x, self.weight, self.num_experts_per_tok))
+    def forward(self, x: Tensor, counts: Tensor | None = None) -> Routing:
+        """x (T, D) -> Routing; counts (T,) int64 from 1 to E: experts of each token, K the most."""
+        num_slots = self.num_experts_per_tok
+        if counts is not None and len(counts):
+            num_slots = int(counts.max())
+        return Routing(*get_kernels().top_k_router(x, self.weight, num_slots, counts))

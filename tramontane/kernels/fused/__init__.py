@@ -4,7 +4,11 @@ Each equals its namesake there. They are faster because intermediate results are
 cache, and return to slot order by a gather.
 """
 
-from tramontane.kernels.fused.attention import causal_attention, packed_attention
+from tramontane.kernels.fused.attention import (
+    causal_attention,
+    packed_attention,
+    paged_attention,
+)
 from tramontane.kernels.fused.cross_entropy import linear_cross_entropy
 from tramontane.kernels.fused.elementwise import rms_norm, rotate
 from tramontane.kernels.fused.experts import moe_experts
@@ -12,6 +16,8 @@ from tramontane.kernels.reference import (
     linear,  # torch differentiates it well
     quantized_experts,  # not differentiated, and the native kernels' to make fast
     quantized_linear,
+    sample_tokens,
+    store_paged,
     top_k_router,
     top_k_routing,  # short already
 )
@@ -22,10 +28,13 @@ __all__ = [
     "linear_cross_entropy",
     "moe_experts",
     "packed_attention",
+    "paged_attention",
     "quantized_experts",
     "quantized_linear",
     "rms_norm",
     "rotate",
+    "sample_tokens",
+    "store_paged",
     "top_k_router",
     "top_k_routing",
 ]

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tramontane.kernels.reference import split_pages
+
 QUERY_BLOCK = 256  # queries per block: its scores stay in the L2 cache
 KEY_STEP = 64  # the first key of a block is a multiple of this
 
@@ -28,6 +30,21 @@ def packed_attention(
     assert sum(seqlens) == len(q) == k.shape[1], (seqlens, q.shape, k.shape)
     blocks = plan_attention(tuple(seqlens), 0, window, q.dtype, q.device)
     return _BlockAttention.apply(q, k, v, blocks)
+
+
+def paged_attention(
+    q: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    block_tables: Tensor,
+    num_queries: Tensor,
+    num_keys: Tensor,
+    *,
+    window: int | None = None,
+) -> Tensor:
+    """See `reference.paged_attention`."""
+    parts = split_pages(q, key_pool, value_pool, block_tables, num_queries, num_keys, window=window)
+    return torch.cat([causal_attention(*part, window=window) for part in parts])
 
 
 class AttentionBlock(NamedTuple):

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tramontane.kernels.reference import NO_EXPERT, check_experts
+
 MIN_PADDED_ROWS = 64  # experts with fewer rows are not padded
 
 
@@ -24,20 +26,24 @@ class _ExpertRows(NamedTuple):
     """Token copies sorted by expert, each expert's rows padded to a round number.
 
     oneDNN compiles a kernel for each shape it meets; padding keeps the shapes few. A padding row
-    repeats slot 0 with weight 0: it costs a little work and changes no sum.
+    repeats slot 0 with weight 0: it costs a little work and changes no sum. Slots without an expert
+    have the last rows, which nobody computes.
     """
 
     slot_of_row: Tensor  # (N,) slot t * K + k that each row copies
     row_of_slot: Tensor  # (T * K,)
     is_real: Tensor  # (N, 1) bool, False for padding
     spans: list[tuple[int, slice]]  # (expert, its rows), without experts that have none
+    skipped: slice  # rows of the slots without an expert
 
 
 def _sort_by_expert(experts: Tensor, *, num_experts: int) -> _ExpertRows:
     """experts (T, K) -> rows of each expert, e.g. counts (70, 0, 3) -> spans 0:72 and 72:75."""
+    check_experts(experts, num_experts)
     flat = experts.flatten()
+    flat = flat.masked_fill(flat == NO_EXPERT, num_experts)  # as if it were one more
     order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=num_experts)
+    counts = torch.bincount(flat, minlength=num_experts + 1)
     spans, shifts, start, padded_start = [], [], 0, 0
     for expert, count in enumerate(counts.tolist()):
         padded = _round_up_rows(count)
@@ -53,7 +59,10 @@ def _sort_by_expert(experts: Tensor, *, num_experts: int) -> _ExpertRows:
     row_of_slot[order] = row
     is_real = torch.zeros(padded_start, 1, dtype=torch.bool, device=flat.device)
     is_real[row] = True
-    return _ExpertRows(slot_of_row, row_of_slot, is_real, spans)
+    skipped = slice(padded_start - padded, padded_start)
+    if padded:
+        spans.pop()
+    return _ExpertRows(slot_of_row, row_of_slot, is_real, spans, skipped)
 
 
 def _round_up_rows(count: int) -> int:
@@ -79,6 +88,7 @@ class _MoeExperts(torch.autograd.Function):
             torch.mm(rows[span], w1[e].t(), out=gate[span])
             torch.mm(rows[span], w3[e].t(), out=up[span])
             torch.mm(F.silu(gate[span]).mul_(up[span]), w2[e].t(), out=out[span])
+        out[layout.skipped] = -0.0  # what leaves every sum as it is, to the bit
         slots = out.index_select(0, layout.row_of_slot).unflatten(0, experts.shape)  # (T, K, D)
         if any(ctx.needs_input_grad):
             ctx.layout = layout
@@ -106,6 +116,7 @@ class _MoeExperts(torch.autograd.Function):
             torch.mm(grad_up.t(), rows[span], out=grad_w3[e])
             torch.mm(grad_gate, w1[e], out=grad_rows[span])
             grad_rows[span].addmm_(grad_up, w3[e])
+        grad_rows[layout.skipped] = 0
         grad_weights = grad_row_weights.index_select(0, layout.row_of_slot).view_as(weights)
         grad_slots = grad_rows.index_select(0, layout.row_of_slot).unflatten(0, weights.shape)
         return _sum_slots(grad_slots).to(grad.dtype), grad_weights, None, grad_w1, grad_w2, grad_w3
