@@ -43,9 +43,11 @@ ALLOWED = {
 TORCH_FREE = ("errors", "atomic", "bounded_json", "config", "tokenizer", "hub", "server",
               "engine.block_manager", "engine.scheduler",
               "engine.sampling_params", "engine.constraint", "engine.completion", "engine.request",
-              "engine.sequence", "engine.text_output")  # fmt: skip
+              "engine.sequence", "engine.text_output", "engine.grammar_source",
+              "engine.grammar_process", "engine.grammar_worker")  # fmt: skip
 MAY_IMPORT_LATE = ("tramontane/cli/", "tramontane/kernels/dispatch.py",
-                   "tramontane/checkpoint/files/gguf_values.py")  # fmt: skip
+                   "tramontane/checkpoint/files/gguf_values.py",
+                   "tramontane/engine/grammar_worker.py")  # fmt: skip
 MAX_LINES = 600
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}

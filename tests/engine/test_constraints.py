@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import jsonschema
 import pytest
-import regex as re  # its \w has the marks of letters, as Unicode says and the library does
+import regex as re  # its \w has the marks of letters, as Unicode says and llguidance does
 import torch
 
 from tests.engine.constraint_writing import write
@@ -115,8 +115,10 @@ def test_of_two_ids_that_spell_the_same_the_vocabularys_own_is_allowed() -> None
     compiler.close()
 
 
-REGEXES = [r"[a-z]{3}\d+", r"(a+)+b", r"^x?(yes|no)$", r"\w{1,4}@\w{1,4}\.(com|org)", "a.c", r"[^a-y\s]{2,4}",
-           "\u65e5\u672c[\u3041-\u3096]{1,3}", r"\n\t\\ \"'\{\}"]  # fmt: skip
+REGEXES = [
+    r"[a-z]{3}\d+", r"(a+)+b", r"^x?(yes|no)$", r"\w{1,4}@\w{1,4}\.(com|org)", "a.c",
+    r"[^a-y\s]{2,4}", "\u65e5\u672c[\u3041-\u3096]{1,3}", r"\n\t\\ \"'\{\}",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("pattern", REGEXES)

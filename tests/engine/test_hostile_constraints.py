@@ -136,7 +136,7 @@ def test_a_token_that_takes_too_long_ends_its_own_answers_alone(
         slow = compiler.compile(Constraint("json_object"))
     fork = slow.copy()
     for matcher in (slow, fork):
-        with pytest.raises(RequestError, match="the json_object needs more than .* for one token"):
+        with pytest.raises(RequestError, match=r"the json_object needs more than .* for one token"):
             matcher.allowed_mask()
         with pytest.raises(RequestError, match="for one token"):
             matcher.accept(5)
@@ -157,9 +157,18 @@ def test_answers_go_on_and_new_ones_begin_after_the_host_has_ended() -> None:
     compiler.close()
 
 
-def test_no_more_than_two_are_compiled_at_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_grammar_whose_process_has_ended_is_compiled_anew() -> None:
+    tokenizer, compiler = build_compiler()
+    compiler.compile(Constraint("regex", "[ab]{9}"))
+    [process] = compiler._cached.values()
+    process._connection.close()
+    assert write(compiler.compile(Constraint("regex", "[ab]{9}")), tokenizer) is not None
+    compiler.close()
+
+
+def test_no_more_than_two_are_compiled_at_one_time() -> None:
     _, compiler = build_compiler()
     compiler._compile_seconds = 0.01
-    with compiler._compiling, compiler._compiling:
-        with pytest.raises(OverloadError, match="other constraints are being compiled"):
-            compiler.compile(Constraint("json_object"))
+    message = "other constraints are being compiled"
+    with compiler._compiling, compiler._compiling, pytest.raises(OverloadError, match=message):
+        compiler.compile(Constraint("json_object"))

@@ -107,11 +107,13 @@ class ConstraintCompiler:
         Raises RequestError, which says what is wrong with the source, OverloadError if too much is
         being compiled or followed, and ConfigError without llguidance.
         """
-        process = self._find(constraint)
-        if process is None:
+        process = self._find(constraint) or self._compile(constraint)
+        session = process.open_session()
+        if not process.is_alive:  # it has ended while nobody looked
             process = self._compile(constraint)
+            session = process.open_session()
         self._keep(constraint, process)
-        return Matcher(process, process.open_session(), self._vocab_size)
+        return Matcher(process, session, self._vocab_size)
 
     def close(self) -> None:
         """End the processes that nobody needs any longer."""

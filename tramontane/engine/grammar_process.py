@@ -25,7 +25,7 @@ MEMORY_BYTES = 64 * 2**20  # that a grammar may take while it is compiled and fo
 STEP_SECONDS = 0.5  # that one token may take
 _PATIENCE = 10.0  # seconds more that the processor may be busy with others
 _MAX_PENDING = 32  # replies that are not read; with more of them both sides could wait to write
-_MAX_LINES = 6  # of an error in a message
+_MAX_LINES, _MAX_LINE = 6, 80  # of an error in a message, and their characters
 
 
 class Reply:
@@ -175,7 +175,7 @@ class GrammarHost:
             )  # fmt: skip
         self.close = weakref.finalize(self, _end_host, self._control, self._process)
         self._lock = threading.Lock()
-        start = {"path": sys.path, "lengths": [len(token) for token in tokens],
+        start = {"path": [*map(str, sys.path)], "lengths": [len(token) for token in tokens],
                  "eos_ids": list(eos_ids)}  # fmt: skip
         self._control.settimeout(_PATIENCE)
         try:
@@ -225,8 +225,10 @@ def _describe_end(seconds: float | None) -> str:
 def _shorten(error: bytes) -> str:
     """The library's error on one line, which need not repeat the whole source."""
     text, *_ = error.decode("utf-8", errors="replace").split("<backtrace>")
-    lines = [
-        " ".join(line.split()) for line in text.replace("panic:", "the library failed:").split("\n")
-    ]
-    parts = [line if len(line) <= 80 else f"{line[:80]}..." for line in lines if line.strip(" ^")]
-    return " ".join(parts[:_MAX_LINES]).replace("<non-verbose/>", "").strip()
+    text = text.replace("panic:", "the library failed:").replace("<non-verbose/>", "")
+    lines = [" ".join(line.split()) for line in text.split("\n") if line.strip(" ^")]
+    return " ".join([_cut(line) for line in lines[:_MAX_LINES]])
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= _MAX_LINE else f"{line[:_MAX_LINE]}..."

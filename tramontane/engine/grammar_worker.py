@@ -1,8 +1,9 @@
 """The program that matches answers against grammars with llguidance, one process for each grammar.
 
-llguidance's own limits bound neither its time nor its memory nor its stack, so what it does is done
-where the kernel can end it: its timer a process that takes too long, its limit one that takes too
-much memory. grammar_process.py runs this file and says what goes over the sockets.
+llguidance's own limits bound neither its time nor its memory nor its stack, so it runs where the
+kernel ends what takes too much of them. grammar_process.py starts this file, with a socket as
+standard input: over it come the vocabulary (READY goes back) and a socket for each grammar. Over
+such a one come the task, in JSON, and after its REPLY one REQUEST after another.
 """
 
 import gc
@@ -18,7 +19,9 @@ from typing import Any
 REQUEST = struct.Struct("<cII")  # operation, session, argument
 REPLY = struct.Struct("<BII")  # status, KiB that the process has grown by, bytes that follow
 LENGTH = struct.Struct("<I")  # before what has no fixed size
-OPEN, ACCEPT, MASK, ROLL_BACK, COPY, CLOSE = b"o", b"a", b"m", b"r", b"c", b"x"
+# The second line is replied to, in the order of the requests.
+OPEN, COPY, CLOSE = b"o", b"c", b"x"
+ACCEPT, ROLL_BACK, MASK = b"a", b"r", b"m"
 GOES_ON, EXHAUSTED, FAILED = range(3)
 READY = b"1"  # said once, when the vocabulary is there
 
@@ -194,7 +197,7 @@ def _build_tokenizer(control: socket.socket) -> tuple[Any, int]:
     for length in start["lengths"]:
         tokens.append(data[end : end + length])
         end += length
-    vocabulary = _Vocabulary(tokens, start["eos_ids"])
+    vocabulary: Any = _Vocabulary(tokens, start["eos_ids"])
     vocabulary.library = llguidance.LLTokenizer(vocabulary, eos_token=start["eos_ids"])
     bits = bytearray(-(-len(tokens) // 8))
     for i in {i for i, token in enumerate(tokens) if token} | set(start["eos_ids"]):

@@ -5,6 +5,7 @@ penalty, ends of text that come too early. The draw is `kernels.sample_tokens`.
 """
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -33,10 +34,36 @@ class TokenMatcher(Protocol):
         ...
 
 
-def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make the tokens of the mask `seen` (V,) less likely: arXiv:1909.05858, section 4.1."""
-    penalized = torch.where(logits < 0, logits * penalty, logits / penalty)
-    return torch.where(seen, penalized, logits)
+class _Occurrences:
+    """Which tokens came so far, and how often."""
+
+    def __init__(self, token_ids: Iterable[int] = ()) -> None:
+        counts = Counter(token_ids)
+        self._places = {token_id: place for place, token_id in enumerate(counts)}
+        self._ids = _to_tensor(counts)  # with room behind those that came
+        self._counts = _to_tensor(counts.values()).float()
+
+    def add(self, token_id: int) -> None:
+        place = self._places.setdefault(token_id, len(self._places))
+        if place == len(self._ids):
+            room = max(64, place)
+            self._ids = torch.cat([self._ids, self._ids.new_zeros(room)])
+            self._counts = torch.cat([self._counts, self._counts.new_zeros(room)])
+        self._ids[place] = token_id
+        self._counts[place] += 1
+
+    def move(self, device: torch.device) -> None:
+        self._ids, self._counts = self._ids.to(device), self._counts.to(device)
+
+    @property
+    def ids(self) -> Tensor:
+        """The N tokens, each once: int64 (N,)."""
+        return self._ids[: len(self._places)]
+
+    @property
+    def counts(self) -> Tensor:
+        """How often each came: fp32 (N,)."""
+        return self._counts[: len(self._places)]
 
 
 class DrawSettings(NamedTuple):
@@ -78,21 +105,21 @@ class Sampler:
         ends = {i for i in eos_ids if i < vocab_size} | {*params.stop_token_ids}
         self._ends = _to_tensor(ends)
         self._banned: Tensor | None = None  # bool (V,)
-        self._bias_ids, self._bias = _to_tensor(params.logit_bias), None
-        self._seen: Tensor | None = None  # bool (V,): in the prompt or the answer
-        self._counts: Tensor | None = None  # fp32 (V,): how often in the answer
+        self._bias_ids = _to_tensor(params.logit_bias)
+        self._bias: Tensor | None = None
+        self._seen: _Occurrences | None = None  # in the prompt and the answer
+        self._answer: _Occurrences | None = None
         if params.allowed_token_ids:
             self._banned = torch.ones(vocab_size, dtype=torch.bool)
             self._banned[_to_tensor(params.allowed_token_ids)] = False
         if params.logit_bias:
             self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
         if params.repetition_penalty != 1:
-            self._seen = torch.zeros(vocab_size, dtype=torch.bool)
             # The rows that fill up a model's head are no part of the vocabulary.
-            self._seen[_to_tensor(i for i in prompt_ids if i < vocab_size)] = True
+            self._seen = _Occurrences(i for i in prompt_ids if i < vocab_size)
         if params.presence_penalty or params.frequency_penalty:
-            self._counts = torch.zeros(vocab_size)
-        state = (matcher, self._banned, self._bias, self._seen, self._counts)
+            self._answer = _Occurrences()
+        state = (matcher, self._banned, self._bias, self._seen, self._answer)
         self._always_edits = any(part is not None for part in state)
 
     @property
@@ -114,16 +141,16 @@ class Sampler:
         if self._matcher is None:
             edited = logits.clone()
         else:
-            allowed = self._matcher.allowed_mask().to(logits.device)
-            edited = torch.where(allowed, logits, NEVER)
+            edited = torch.where(self._matcher.allowed_mask().to(logits.device), logits, NEVER)
         if self._banned is not None:
             edited.masked_fill_(self._banned, NEVER)
         if self._bias is not None:
             edited.index_add_(0, self._bias_ids, self._bias)
-        edited = self._penalize(edited)
-        if self._num_tokens < self._params.min_tokens:
+        self._penalize(edited)
+        if is_too_early := self._num_tokens < self._params.min_tokens:
             edited[self._ends] = NEVER
-        if edited.max() == NEVER:
+        can_be_empty = is_too_early or self._matcher is not None or self._banned is not None
+        if can_be_empty and edited.max() == NEVER:
             raise RequestError(
                 "no token is left to choose: the constraint, allowed_token_ids and min_tokens "
                 "contradict each other here"
@@ -137,28 +164,33 @@ class Sampler:
     def accept(self, token_id: int) -> None:
         """Note the token that was chosen. Raises RequestError if the constraint has failed."""
         self._num_tokens += 1
-        if self._seen is not None:
-            self._seen[token_id] = True
-        if self._counts is not None:
-            self._counts[token_id] += 1
+        for occurrences in (self._seen, self._answer):
+            if occurrences is not None:
+                occurrences.add(token_id)
         if self._matcher is not None:
             self._matcher.accept(token_id)
 
-    def _penalize(self, logits: Tensor) -> Tensor:
+    def _penalize(self, logits: Tensor) -> None:
+        """In place. Repetition: arXiv:1909.05858, section 4.1; presence and frequency: OpenAI's."""
         params = self._params
         if self._seen is not None:
-            logits = penalize_repetition(logits, self._seen, params.repetition_penalty)
-        if self._counts is not None:
-            logits -= params.frequency_penalty * self._counts
-            logits -= params.presence_penalty * (self._counts > 0)
-        return logits
+            ids, penalty = self._seen.ids, params.repetition_penalty
+            scores = logits[ids]
+            logits[ids] = torch.where(scores < 0, scores * penalty, scores / penalty)
+        if self._answer is not None:
+            change = params.presence_penalty + params.frequency_penalty * self._answer.counts
+            logits[self._answer.ids] -= change
 
     def _move(self, device: torch.device) -> None:
         """Keep the state where the scores are."""
-        if self._ends.device != device:
-            for name in ("_ends", "_banned", "_bias_ids", "_bias", "_seen", "_counts"):
-                if (part := getattr(self, name)) is not None:
-                    setattr(self, name, part.to(device))
+        if self._ends.device == device:
+            return
+        for occurrences in (self._seen, self._answer):
+            if occurrences is not None:
+                occurrences.move(device)
+        for name in ("_ends", "_banned", "_bias_ids", "_bias"):
+            if (part := getattr(self, name)) is not None:
+                setattr(self, name, part.to(device))
 
 
 def sample_rows(
@@ -170,8 +202,8 @@ def sample_rows(
     known; they count where no row was edited.
     """
     settings = tuple([sampler.settings for sampler in samplers])
-    if all([row.is_greedy for row in settings]):
-        if best is not None and all([sampler.is_plain for sampler in samplers]):
+    if all(row.is_greedy for row in settings):
+        if best is not None and all(sampler.is_plain for sampler in samplers):
             return list(best)
         return logits.argmax(dim=-1).tolist()
     numbers = [0.0 if s.settings.is_greedy else s.draw_number() for s in samplers]
