@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "experts.h"
+#include "finite.h"
 #include "linear.h"
 #include "router.h"
 
@@ -19,7 +20,8 @@ const KernelTable kernel_table = {TRAMONTANE_TEXT(TRAMONTANE_ISA),
                                   rotate,
                                   store_in_cache,
                                   attention,
-                                  router};
+                                  router,
+                                  is_finite};
 
 }  // namespace TRAMONTANE_ISA
 }  // namespace tramontane

@@ -10,7 +10,7 @@ class Weight:
 
     def __init__(
         self, data: int, type: int, bits: int, scales: int, zeros: int, num_rows: int,
-        num_columns: int, group: int, /,
+        num_columns: int, group: int, expert_stride: int, /,
     ) -> None: ...  # fmt: skip
 
 class Decoder:
@@ -54,6 +54,7 @@ def router(
     x: int, type: int, weight: int, weight_type: int, num_tokens: int, dim: int, num_experts: int,
     num_slots: int, slot_weights: int, experts: int, logits: int, num_threads: int, /,
 ) -> None: ...  # fmt: skip
+def is_finite(x: int, count: int, size: int, infinity: int, num_threads: int, /) -> bool: ...
 def use_openmp(path: str, /) -> bool: ...
 def choose_kernels(name: str, /) -> bool: ...
 def get_name() -> str: ...

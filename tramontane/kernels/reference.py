@@ -165,3 +165,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     """
     logits = (hidden @ weight.t()).float()  # (T, V)
     return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether no number of x, of any shape and float, is NaN or infinite."""
+    if not x.numel():
+        return True
+    low, high = x.aminmax()  # one pass, no memory; NaN wins over every number
+    return bool(low.isfinite() and high.isfinite())
