@@ -175,14 +175,14 @@ def test_experts_that_lie_apart(first: int, routing: str, dtype: torch.dtype) ->
     x = draw(len(experts), 33).to(dtype)
     weights = torch.rand(experts.shape, generator=torch.Generator().manual_seed(1))
     size, count = 96 * 33, 8
-    memory = torch.full((first + 3 * count * size,), float("nan"), dtype=dtype)
-    stacks = memory[first:].view(count, 3, size)  # of which each is written but for nothing
+    memory = torch.full((first + 4 * count * size,), float("nan"), dtype=dtype)
+    stacks = memory[first:].view(count, 4, size)  # what lies between them stays NaN
     shapes = [(96, 33), (33, 96), (96, 33)]
     apart = [stacks[:, i].unflatten(1, shape) for i, shape in enumerate(shapes)]
     together = [draw(count, *shape, seed=i).to(dtype) for i, shape in enumerate(shapes)]
     for stack, values in zip(apart, together, strict=True):
         stack.copy_(values)
-        assert stack.stride(0) == 3 * size
+        assert stack.stride(0) == 4 * size
     expected = native.moe_experts(x, weights, experts, *together)
     assert torch.equal(native.moe_experts(x, weights, experts, *apart), expected)
 

@@ -146,17 +146,14 @@ class _Filler:
     def fill(self, sources: Sources) -> dict[str, Tensor]:
         """All parameters and buffers by name."""
         values: dict[str, Tensor] = {}
-        tasks: list[tuple[Source, Callable[[Source], None]]] = []
-        for name, parts in sources.items():
-            if self._packer is not None and name in self._packer.formats:
-                work, tensors = self._plan_packing(name, self._packer)
-            else:
-                work, tensors = self._plan_copying(name, parts)
-            tasks += [(part, work) for part in parts]
-            values |= tensors
-        tasks.sort(key=lambda task: (task[0][1].path, task[0][1].begin))  # as a disk reads them
         with ThreadPoolExecutor(_NUM_READERS) as readers:
-            list(readers.map(lambda task: task[1](task[0]), tasks))
+            for name, parts in sources.items():
+                if self._packer is not None and name in self._packer.formats:
+                    work, tensors = self._plan_packing(name, self._packer)
+                else:
+                    work, tensors = self._plan_copying(name, parts)
+                list(readers.map(work, parts))
+                values |= tensors
         return values
 
     def _plan_copying(self, name: str, parts: Sequence[Source]) -> Plan:
