@@ -146,21 +146,26 @@ class _Filler:
     def fill(self, sources: Sources) -> dict[str, Tensor]:
         """All parameters and buffers by name."""
         values: dict[str, Tensor] = {}
+        views: list[tuple[Tensor, Source]] = []
         with ThreadPoolExecutor(_NUM_READERS) as readers:
             for name, parts in sources.items():
                 if self._packer is not None and name in self._packer.formats:
                     work, tensors = self._plan_packing(name, self._packer)
+                elif (view := self._find_view(name, parts)) is not None:
+                    values[name] = view
+                    views += [(view, part) for part in parts]
+                    continue
                 else:
-                    work, tensors = self._plan_copying(name, parts)
-                list(readers.map(work, parts))
+                    work, tensors = self._plan_copying(name)
+                list(readers.map(work, parts))  # one parameter at a time, for its memory's sake
                 values |= tensors
+            views.sort(key=lambda pair: (pair[1][1].path, pair[1][1].begin))  # as a disk reads
+            list(readers.map(lambda pair: self._check(*pair), views))
         return values
 
-    def _plan_copying(self, name: str, parts: Sequence[Source]) -> Plan:
-        """A tensor of the model's, mapped or to be filled, and what is to be done for each part."""
+    def _plan_copying(self, name: str) -> Plan:
+        """A tensor to be filled, and how from each part."""
         spec = self._specs[name]
-        if (view := self._find_view(parts, spec.dtype)) is not None:
-            return partial(self._check, view), {name: view}
         tensor = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
         return partial(self._copy, tensor), {name: tensor}
 
@@ -179,7 +184,7 @@ class _Filler:
 
         return work, {name_packed(name, suffix): tensor for suffix, tensor in tensors.items()}
 
-    def _find_view(self, parts: Sequence[Source], dtype: torch.dtype) -> Tensor | None:
+    def _find_view(self, name: str, parts: Sequence[Source]) -> Tensor | None:
         """The stored values where they are mapped, if they need neither conversion nor gathering.
 
         To another device they go as one tensor, or piece by piece to their place.
@@ -187,7 +192,7 @@ class _Filler:
         parts = sorted(parts, key=lambda pair: pair[0].expert or 0)
         for part, stored in parts:
             is_plain = stored.encoding in UNPACKED and part.change is SAME
-            if not (self._use_views and is_plain and stored.dtype == dtype):
+            if not (self._use_views and is_plain and stored.dtype == self._specs[name].dtype):
                 return None
         if parts[0][0].expert is None:
             return parts[0][1].read().to(self._device)
