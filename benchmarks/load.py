@@ -1,13 +1,14 @@
 """Loading speed: tramontane and transformers on the same folders, files in the page cache.
 
-    python benchmarks/load.py [--layers 8] [--folder DIR]
+    python benchmarks/load.py [--layers 8] [--repeats 5] [--folder DIR]
 
 A Mixtral of random bf16 weights (dim 1024, hidden 3584, 8 experts; 1.6 GB with 8 layers) is written
-twice: with its tensors in the order of published checkpoints, and as tramontane writes it. Each
-load runs in a fresh process, in turn. "Ready" is the return of the loader; "all read" is when every
-weight has been summed, because a mapped weight costs nothing before it is used. tramontane checks
-meanwhile that all values are finite. The limit is one pass over the bytes at the read rate of
-memory.
+three times: with its tensors in the order of published checkpoints, the same in several files, of
+which there are 19 for the 32 layers of Mixtral 8x7B, and as tramontane writes it. Each load runs in
+a fresh process, in turn. "Ready" is the return of the loader; "all read" is when every weight has
+been summed, because a mapped weight costs nothing before it is used. tramontane checks before that
+all values are finite, which is another pass. The limit is one pass over the bytes at the read rate
+of memory.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from huggingface_hub import save_torch_state_dict
 from machine import describe_machine, measure_read_rate, print_table, read_peak_memory
 from transformers import AutoModelForCausalLM
 
@@ -28,7 +30,7 @@ from tramontane.checkpoint.writer import save_model
 from tramontane.config import ModelConfig, MoeConfig
 from tramontane.models.transformer import build_model
 
-NUM_ROUNDS = 3
+FILES_PER_LAYER = 19 / 32
 LOADERS: dict[str, Callable[[Path], torch.nn.Module]] = {
     "tramontane": load_model,
     "tramontane, values not checked": lambda folder: load_model(folder, check_finite=False),
@@ -39,7 +41,7 @@ LOADERS: dict[str, Callable[[Path], torch.nn.Module]] = {
 
 
 def write_models(root: Path, *, num_layers: int) -> dict[str, Path]:
-    """Two folders with the same weights in another order."""
+    """Folders with the same weights in another order, by what to call that."""
     config = ModelConfig(
         dim=1024, n_layers=num_layers, head_dim=64, hidden_dim=3584, n_heads=16, n_kv_heads=4,
         vocab_size=32000, moe=MoeConfig(),
@@ -47,13 +49,20 @@ def write_models(root: Path, *, num_layers: int) -> dict[str, Path]:
     model = build_model(config).to(torch.bfloat16)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    ours, published = root / "ours", root / "published"
+    ours = root / "ours"
     save_model(model, ours)
-    published.mkdir()
-    tensors = safetensors.torch.load_file(ours / "model.safetensors")
-    safetensors.torch.save_file(tensors, published / "model.safetensors", metadata={"format": "pt"})
-    (published / "config.json").write_text((ours / "config.json").read_text())
-    return {"as published": published, "as tramontane writes": ours}
+    written = ours / "model.safetensors"
+    tensors = safetensors.torch.load_file(written)
+    tensors = {name: tensors[name] for name in sorted(tensors)}
+    size = written.stat().st_size
+    shard = int(size / (num_layers * FILES_PER_LAYER))
+    folders = {}
+    for order, max_bytes in (("as published", size), ("as published, in shards", shard)):
+        folder = folders[order] = root / order
+        folder.mkdir()
+        save_torch_state_dict(tensors, folder, max_shard_size=max_bytes)
+        (folder / "config.json").write_text((ours / "config.json").read_text())
+    return folders | {"as tramontane writes": ours}
 
 
 def time_load(name: str, folder: Path, pipe: "multiprocessing.connection.Connection") -> None:
@@ -82,7 +91,8 @@ def run_in_process(name: str, folder: Path) -> tuple[float, float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--folder", type=Path, help="where to put twice that for a while")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where to put three times that for a while")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
         folders = write_models(Path(root), num_layers=arguments.layers)
@@ -92,12 +102,12 @@ def main() -> None:
                 file.read_bytes()  # into the page cache
         cases = [(order, name) for order in folders for name in LOADERS]
         results: dict[tuple[str, str], list[tuple[float, float, int]]] = {c: [] for c in cases}
-        for _ in range(NUM_ROUNDS):
+        for _ in range(arguments.repeats):
             for order, name in cases:
                 results[order, name].append(run_in_process(name, folders[order]))
     limit = size / measure_read_rate()
     print(f"{describe_machine('transformers')}")
-    print(f"{size / 1e9:.2f} GB, medians of {NUM_ROUNDS}\n")
+    print(f"{size / 1e9:.2f} GB, medians of {arguments.repeats}\n")
     rows = []
     for order, name in cases:
         ready, all_read, peak = (

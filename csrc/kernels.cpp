@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "experts.h"
+#include "finite.h"
 #include "linear.h"
 #include "router.h"
 #include "sampling.h"
@@ -22,7 +23,8 @@ const KernelTable kernel_table = {TRAMONTANE_TEXT(TRAMONTANE_ISA),
                                   attention,
                                   router,
                                   head,
-                                  sample};
+                                  sample,
+                                  is_finite};
 
 }  // namespace TRAMONTANE_ISA
 }  // namespace tramontane

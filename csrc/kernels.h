@@ -25,6 +25,7 @@ struct Weight {
   const uint16_t* scales;  // fp16 (NB, M / group, 16)
   const uint8_t* zeros;    // as the scales, or null: 8 or 128 everywhere
   int64_t num_rows, num_columns, group;
+  int64_t expert_stride = 0;  // of a plain stack: numbers from one matrix to the next
 };
 
 // out_i = x weight_i^T for matrices that read the same x: queries, keys and values, say.
@@ -132,6 +133,14 @@ struct SampleArguments {
   int64_t* tokens;
 };
 
+// Numbers of `size` bytes, 2 or 4, whose format has an infinity of the bits `infinity`.
+struct FiniteArguments {
+  const void* data;
+  int64_t count;
+  int size;
+  uint32_t infinity;
+};
+
 // Memory for intermediate results: of this thread, grown as needed, kept.
 class Scratch {
  public:
@@ -156,6 +165,7 @@ struct KernelTable {
   void (*router)(const RouterArguments&, Context&);
   void (*head)(const HeadArguments&, Context&);
   void (*sample)(const SampleArguments&, Context&);
+  bool (*is_finite)(const FiniteArguments&, int num_threads);
 };
 
 // The best that this processor runs, or the one called `name`; null if it does not run that one.

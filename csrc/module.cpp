@@ -28,10 +28,12 @@ Pointee* at(uintptr_t address) {
 Type to_type(int type) { return static_cast<Type>(type); }
 
 void build_weight(Weight* self, uintptr_t data, int type, int bits, uintptr_t scales,
-                  uintptr_t zeros, int64_t num_rows, int64_t num_columns, int64_t group) {
+                  uintptr_t zeros, int64_t num_rows, int64_t num_columns, int64_t group,
+                  int64_t expert_stride) {
   new (self)
       Weight{at<const void>(data),     to_type(type), bits,        at<const uint16_t>(scales),
-             at<const uint8_t>(zeros), num_rows,      num_columns, group};
+             at<const uint8_t>(zeros), num_rows,      num_columns, group,
+             expert_stride};
 }
 
 void run_linear(uintptr_t x, int type, int64_t num_tokens, nb::tuple weights, nb::tuple outs,
@@ -168,6 +170,10 @@ void run_sample(uintptr_t logits, int64_t num_rows, int64_t num_columns, int64_t
 }
 
 // Sizes: those of DecoderShape, in its order.
+bool run_is_finite(uintptr_t x, int64_t count, int size, uint32_t infinity, int num_threads) {
+  return kernels->is_finite({at<const void>(x), count, size, infinity}, num_threads);
+}
+
 void build_decoder(Decoder* self, nb::tuple sizes, float eps, int type, uintptr_t embeddings,
                    uintptr_t norm, const Weight& output) {
   const auto size = [&](size_t i) { return nb::cast<int64_t>(sizes[i]); };
@@ -251,6 +257,7 @@ NB_MODULE(_native, module) {
   module.def("paged_attention", run_paged_attention, without_gil);
   module.def("router", run_router, without_gil);
   module.def("sample", run_sample, without_gil);
+  module.def("is_finite", run_is_finite, without_gil);
   module.def("use_openmp", [](const std::string& path) { return use_openmp(path.c_str()); });
   module.def("choose_kernels", choose_kernels);
   module.def("get_name", [] { return std::string(kernels->name); });

@@ -162,7 +162,7 @@ static inline void multiply_plain(const float* const* rows, int64_t num_rows, co
                                   int64_t expert, int64_t begin, int64_t end, float* out,
                                   int64_t out_stride, float* memory) {
   const int64_t length = weight.num_columns, stride = round_up(length, kLanes);
-  const int64_t first = (expert * weight.num_rows + begin) * length, num_columns = end - begin;
+  const int64_t first = expert * weight.expert_stride + begin * length, num_columns = end - begin;
   const auto* floats = static_cast<const float*>(weight.data) + first;
   const auto* halves = static_cast<const uint16_t*>(weight.data) + first;
   const bool is_float = weight.type == Type::kFloat;

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gguf
+import safetensors.torch
 import torch
+from huggingface_hub import save_torch_state_dict
 
 from tests.oracles.hf import to_hf_model
 from tramontane.checkpoint.assembly import Assembly
@@ -33,6 +35,23 @@ def save_hf(model: Transformer, folder: Path) -> Path:
 
 def save_hf_sharded(model: Transformer, folder: Path) -> Path:
     save_model(model, folder, dtype=torch.float32, max_shard_bytes=100_000)
+    return folder
+
+
+def save_hf_published(
+    model: Transformer,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_shard_bytes: int = 10**12,
+) -> Path:
+    """As folders on the hub are: one expert after another, w1, w2 and w3 of each."""
+    save_model(model, folder, dtype=dtype)
+    written = folder / "model.safetensors"
+    tensors = safetensors.torch.load(written.read_bytes())
+    written.unlink()
+    in_order = {name: tensors[name] for name in sorted(tensors)}
+    save_torch_state_dict(in_order, folder, max_shard_size=max_shard_bytes)
     return folder
 
 
@@ -100,6 +119,7 @@ def _write(writer: gguf.GGUFWriter, model: Transformer, table: NameTable) -> Non
 LAYOUTS: dict[str, Callable[[Transformer, Path], Path]] = {
     "Hugging Face": save_hf,
     "Hugging Face, sharded": save_hf_sharded,
+    "Hugging Face, published": save_hf_published,
     "Hugging Face, fused experts": save_hf_fused,
     "Mistral": save_mistral,
     "torrent": save_torrent,

@@ -27,8 +27,13 @@ def print_growth(files: Mapping[str, bytes], read: Callable[[Path], object], fol
 
 def read_peak() -> int:
     """VmHWM of this process in KiB. Unlike ru_maxrss it knows nothing of the parent's memory."""
+    return read_memory("VmHWM")
+
+
+def read_memory(kind: str) -> int:
+    """Of this process in KiB: VmHWM the peak, RssAnon what now lies in no file."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))
 
 
 def run_program(file: str, *arguments: str) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoint import load_memory
-from tests.checkpoint.layouts import LAYOUTS, save_gguf
+from tests.checkpoint.layouts import LAYOUTS, save_gguf, save_hf_published
 from tests.checkpoint.peak_memory import run_program
 from tramontane.config import ModelConfig, MoeConfig
 from tramontane.models.transformer import Transformer, build_model
@@ -64,6 +64,19 @@ def test_converting_a_large_vocabulary_takes_a_chunk_at_a_time(
     found = run_program(load_memory.__file__, str(path), "bfloat16")
     assert found["model"] > 140 * 1024
     assert found["beyond"] < 100 * 1024, found
+
+
+def test_published_weights_take_no_memory_of_their_own(tmp_path: Path) -> None:
+    """Experts that lie one after another in a file stay there: stacks are views of it."""
+    config = ModelConfig(
+        dim=256, n_layers=2, head_dim=64, hidden_dim=1024, n_heads=4, n_kv_heads=2,
+        vocab_size=512, moe=MoeConfig(),
+    )  # fmt: skip
+    path = save_hf_published(build_model(config), tmp_path / "m")
+    found = run_program(load_memory.__file__, str(path), "float32")
+    assert found["model"] > 48 * 1024
+    assert found["own"] < 6 * 1024, found
+    assert found["beyond"] < 12 * 1024, found
 
 
 @pytest.mark.slow

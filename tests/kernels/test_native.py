@@ -166,6 +166,87 @@ def test_moe_experts(sizes: tuple[int, int], routing: str, dtype: torch.dtype) -
     assert_close("moe_experts", native.moe_experts(x, weights, experts, *rounded), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("first", [0, 1, 37])  # number of the memory: no vector is aligned
+def test_experts_that_lie_apart(first: int, routing: str, dtype: torch.dtype) -> None:
+    """As w1 w2 w3 w1 w2 w3 ... of a file, read in place: the bits of contiguous stacks."""
+    experts = ROUTINGS[routing]
+    x = draw(len(experts), 33).to(dtype)
+    weights = torch.rand(experts.shape, generator=torch.Generator().manual_seed(1))
+    size, count = 96 * 33, 8
+    memory = torch.full((first + 4 * count * size,), float("nan"), dtype=dtype)
+    stacks = memory[first:].view(count, 4, size)  # what lies between them stays NaN
+    shapes = [(96, 33), (33, 96), (96, 33)]
+    apart = [stacks[:, i].unflatten(1, shape) for i, shape in enumerate(shapes)]
+    together = [draw(count, *shape, seed=i).to(dtype) for i, shape in enumerate(shapes)]
+    for stack, values in zip(apart, together, strict=True):
+        stack.copy_(values)
+        assert stack.stride(0) == 4 * size
+    expected = native.moe_experts(x, weights, experts, *together)
+    assert torch.equal(native.moe_experts(x, weights, experts, *apart), expected)
+
+
+def test_one_expert_for_all() -> None:
+    """A stack may repeat one matrix without memory for the others."""
+    x, (weights, experts) = draw(9, 16), draw_routing(9, 4, 2)
+    matrices = [draw(1, 16, 16, seed=i).expand(4, 16, 16) for i in range(3)]
+    expected = native.moe_experts(x, weights, experts, *(m.contiguous() for m in matrices))
+    assert torch.equal(native.moe_experts(x, weights, experts, *matrices), expected)
+
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "-nan", "smallest nan"])
+@pytest.mark.parametrize("count", [1, 7, 64, 1000, 2**17 + 5])
+def test_what_is_not_finite_is_found(count: int, value: str, dtype: torch.dtype) -> None:
+    """At the first and the last place and between, and by torch too."""
+    bad = torch.tensor(float(value.removeprefix("smallest ")), dtype=dtype)
+    if value == "smallest nan":  # one bit beyond infinity
+        bits = torch.tensor(float("inf"), dtype=dtype).view(BITS[dtype.itemsize])
+        bad = (bits + 1).view(dtype)
+    if value == "-nan":
+        bad = -bad
+    x = draw(count).to(dtype)
+    assert native.is_finite(x)
+    for place in {0, count // 3, count - 1}:
+        damaged = x.clone()
+        damaged[place] = bad
+        assert not native.is_finite(damaged)
+        assert not reference.is_finite(damaged)
+
+
+BITS = {2: torch.int16, 4: torch.int32}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_all_finite_numbers_are(dtype: torch.dtype) -> None:
+    """All of 16 bits; of 32 the largest, the smallest, the subnormal ones, and zeros."""
+    if dtype == torch.float32:
+        info = torch.finfo(dtype)
+        x = torch.tensor([info.max, info.min, info.tiny, -info.tiny, 1e-45, -1e-45, 0.0, -0.0])
+    else:
+        x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+        x = x[x.float().isfinite()]
+        assert len(x) == 2**16 - 2 * (2**8 if dtype == torch.bfloat16 else 2**11) // 2
+    for kernels in (native, fused, reference):
+        assert kernels.is_finite(x)
+        assert kernels.is_finite(x[:0])
+
+
+def test_finite_values_of_other_layouts() -> None:
+    """Rows that lie apart, at addresses that no vector has; doubles; what lies between is not."""
+    x = draw(64, 33)
+    x[:, 5] = float("nan")
+    assert native.is_finite(x[:, 6:])
+    assert not native.is_finite(x[:, 5:])
+    assert native.is_finite(x.flatten()[6:38])
+    assert native.is_finite(draw(5).double())
+    assert not native.is_finite(x.double())
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_quantized_experts(routing: str, bits: int) -> None:

@@ -20,6 +20,7 @@ from tramontane.checkpoint.files.stored_tensor import DTYPE_NAMES, DTYPES, Store
 from tramontane.checkpoint.names import ExpectedTensor, NameTable, TensorMap
 from tramontane.config import ModelConfig
 from tramontane.errors import CheckpointError
+from tramontane.kernels.dispatch import get_kernels
 
 
 class TensorPair(NamedTuple):
@@ -144,10 +145,7 @@ def find_doubts(config: ModelConfig, *, where: str) -> tuple[str, ...]:
 
 def check_finite_values(values: Tensor, stored: StoredTensor) -> None:
     """Raise CheckpointError if `values`, read from `stored`, hold NaN or an infinity."""
-    if not values.is_floating_point():
-        return
-    low, high = values.aminmax()  # one pass, no memory; NaN wins over every number
-    if low.isfinite() and high.isfinite():
+    if not values.is_floating_point() or get_kernels().is_finite(values):
         return
     remedy = "a damaged file or a diverged training; download it again"
     if values.dtype != stored.dtype:

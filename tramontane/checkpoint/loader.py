@@ -1,7 +1,7 @@
 """Weights into a model: every tensor is accounted for, none is invented.
 
 The model is built without memory, on the meta device. Parameters that lie in a file as they are
-needed stay views of the mapped file, stacks of experts too where the experts follow one another;
+needed stay views of the mapped file, stacks of experts too where the experts lie evenly spaced;
 others are read straight into their place, converted some rows at a time, or packed on the way to
 it: peak memory is that of the model and little more.
 """
@@ -10,7 +10,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from tramontane.checkpoint.changes import SAME
 from tramontane.checkpoint.check import TensorPair, check_finite_values
-from tramontane.checkpoint.files.stored_tensor import UNPACKED, StoredTensor
+from tramontane.checkpoint.files.stored_tensor import UNPACKED, StoredTensor, view_stack
 from tramontane.checkpoint.intake import Checkpoint, open_checkpoint
 from tramontane.checkpoint.names import Part
 from tramontane.checkpoint.packed import read_packed
@@ -50,15 +49,22 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     check_finite: bool = True,
+    use_views: bool = True,
 ) -> Transformer:
     """The model at `path`, in evaluation mode, its weights in `dtype` (None: as stored).
 
-    `path` is a folder or a file of any layout. Raises ConfigError on a configuration that is not
-    one of ours, and CheckpointError on a tensor that is missing, unexpected, of another shape,
-    truncated, or (`check_finite`) NaN or infinite.
+    `path` is a folder or a file of any layout. With `use_views` weights may be views of the mapped
+    file, whose stacks of experts need not be contiguous; without, all are in memory of their own,
+    as training writes them. Raises ConfigError on a configuration that is not one of ours, and
+    CheckpointError on a tensor that is missing, unexpected, of another shape, truncated, or
+    (`check_finite`) NaN or infinite.
     """
     return fill_model(
-        open_checkpoint(path), dtype=dtype, device=torch.device(device), check_finite=check_finite
+        open_checkpoint(path),
+        dtype=dtype,
+        device=device,
+        check_finite=check_finite,
+        use_views=use_views,
     )
 
 
@@ -68,6 +74,7 @@ def fill_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     check_finite: bool = True,
+    use_views: bool = True,
     packer: Packer | None = None,
 ) -> Transformer:
     """`load_model` of a checkpoint that has been opened.
@@ -88,6 +95,7 @@ def fill_model(
             dtype=dtype or checkpoint.dtype,
             device=torch.device(device),
             check_finite=check_finite,
+            use_views=use_views,
             packer=packer,
         )
         for note in checkpoint.list_notes():
@@ -124,6 +132,7 @@ class _Filler:
         dtype: torch.dtype,
         device: torch.device,
         check_finite: bool,
+        use_views: bool,
         packer: Packer | None,
     ) -> None:
         buffers = dict(model.named_buffers())
@@ -132,27 +141,31 @@ class _Filler:
             for name, value in model.state_dict().items()
         }
         self._device, self._check_finite = device, check_finite
-        self._packer = packer
+        self._use_views, self._packer = use_views, packer
 
     def fill(self, sources: Sources) -> dict[str, Tensor]:
         """All parameters and buffers by name."""
         values: dict[str, Tensor] = {}
+        views: list[tuple[Tensor, Source]] = []
         with ThreadPoolExecutor(_NUM_READERS) as readers:
             for name, parts in sources.items():
                 if self._packer is not None and name in self._packer.formats:
                     work, tensors = self._plan_packing(name, self._packer)
+                elif (view := self._find_view(name, parts)) is not None:
+                    values[name] = view
+                    views += [(view, part) for part in parts]
+                    continue
                 else:
-                    work, tensors = self._plan_copying(name, parts)
-                list(readers.map(work, parts))
+                    work, tensors = self._plan_copying(name)
+                list(readers.map(work, parts))  # one parameter at a time, for its memory's sake
                 values |= tensors
+            views.sort(key=lambda pair: (pair[1][1].path, pair[1][1].begin))  # as a disk reads
+            list(readers.map(lambda pair: self._check(*pair), views))
         return values
 
-    def _plan_copying(self, name: str, parts: Sequence[Source]) -> Plan:
-        """A tensor of the model's, mapped or to be filled, and what is to be done for each part."""
+    def _plan_copying(self, name: str) -> Plan:
+        """A tensor to be filled, and how from each part."""
         spec = self._specs[name]
-        if whole := self._find_whole(parts, spec.dtype):
-            tensor = whole.read().to(self._device)
-            return partial(self._check, tensor), {name: tensor}
         tensor = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
         return partial(self._copy, tensor), {name: tensor}
 
@@ -171,21 +184,19 @@ class _Filler:
 
         return work, {name_packed(name, suffix): tensor for suffix, tensor in tensors.items()}
 
-    def _find_whole(self, parts: Sequence[Source], dtype: torch.dtype) -> StoredTensor | None:
-        """The stored values as one tensor, if they need neither conversion nor gathering."""
+    def _find_view(self, name: str, parts: Sequence[Source]) -> Tensor | None:
+        """The stored values where they are mapped, if they need neither conversion nor gathering.
+
+        To another device they go as one tensor, or piece by piece to their place.
+        """
         parts = sorted(parts, key=lambda pair: pair[0].expert or 0)
-        first = parts[0][1]
-        end = first.begin
         for part, stored in parts:
             is_plain = stored.encoding in UNPACKED and part.change is SAME
-            if stored.dtype != dtype or not is_plain:
+            if not (self._use_views and is_plain and stored.dtype == self._specs[name].dtype):
                 return None
-            if stored.path != first.path or stored.begin != end or first.begin % 64:
-                return None if len(parts) > 1 else first
-            end = stored.end
         if parts[0][0].expert is None:
-            return first
-        return replace(first, shape=(len(parts), *first.shape), end=end)
+            return parts[0][1].read().to(self._device)
+        return view_stack([stored for _, stored in parts]) if self._device.type == "cpu" else None
 
     def _copy(self, target: Tensor, source: Source) -> None:
         part, stored = source

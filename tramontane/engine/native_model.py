@@ -137,7 +137,9 @@ def build_native_model(model: Transformer, *, num_choices: int | None = None) ->
     """
     if get_kernels() is not native or model.config.moe is None:
         return None
-    if not all(tensor.is_cpu and tensor.is_contiguous() for tensor in _list_tensors(model)):
+    # The matrices of a stack may lie apart, as in a file.
+    parts = [value[:1] if value.dim() == 3 else value for value in model.parameters()]
+    if not all(part.is_cpu and part.is_contiguous() for part in [*parts, *model.buffers()]):
         return None
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return None

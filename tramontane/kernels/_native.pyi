@@ -8,7 +8,7 @@ class Weight:
 
     def __init__(
         self, data: int, type: int, bits: int, scales: int, zeros: int, num_rows: int,
-        num_columns: int, group: int, /,
+        num_columns: int, group: int, expert_stride: int, /,
     ) -> None: ...  # fmt: skip
 
 class Decoder:
@@ -65,6 +65,7 @@ def sample(
     logits: int, num_rows: int, num_columns: int, stride: int, temperature: int, top_k: int,
     top_p: int, min_p: int, numbers: int, tokens: int, num_threads: int, /,
 ) -> None: ...  # fmt: skip
+def is_finite(x: int, count: int, size: int, infinity: int, num_threads: int, /) -> bool: ...
 def use_openmp(path: str, /) -> bool: ...
 def choose_kernels(name: str, /) -> bool: ...
 def get_name() -> str: ...

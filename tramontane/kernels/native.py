@@ -30,6 +30,7 @@ except ImportError:  # not built, which `is_available` says
 # The kernels; `is_available`, `describe`, ... are for those who know that it is these.
 __all__ = [
     "causal_attention",
+    "is_finite",
     "linear",
     "linear_cross_entropy",
     "moe_experts",
@@ -46,6 +47,7 @@ __all__ = [
 ]
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}  # Type of csrc/kernels.h
+_INFINITIES = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}  # bits
 _TORCH_LIBRARIES = ("libtorch_cpu.so", "libtorch_cpu.dylib")  # what OpenMP they link, we use
 
 
@@ -106,7 +108,8 @@ def moe_experts(
         and w2.shape == (num_experts, dim, hidden_dim)
         and x.shape == (len(experts), dim)
     )
-    if not (fits and _is_routing(weights, experts) and _runs_natively(x, w1, w2, w3)):
+    firsts = (w1[:1], w2[:1], w3[:1])  # the matrices of a stack may lie apart
+    if not (fits and _is_routing(weights, experts) and _runs_natively(x, *firsts)):
         return fused.moe_experts(x, weights, experts, w1, w2, w3)
     described = (describe(w1), describe(w2), describe(w3))
     return _run_experts(x, weights, experts, described, num_experts=num_experts)
@@ -287,6 +290,16 @@ def sample_tokens(
     return tokens
 
 
+def is_finite(x: Tensor) -> bool:
+    """See `reference.is_finite`."""
+    infinity = _INFINITIES.get(x.dtype)
+    if infinity is None or not (x.is_cpu and x.is_contiguous()):
+        return fused.is_finite(x)
+    return _native.is_finite(
+        x.data_ptr(), x.numel(), x.element_size(), infinity, torch.get_num_threads()
+    )
+
+
 def _runs_natively(*tensors: Tensor) -> bool:
     """Whether these are contiguous bf16 or fp32 in the CPU's memory, and no gradient is wanted."""
     for tensor in tensors:
@@ -342,16 +355,22 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, window: int | None)
 
 
 def describe(weight: Tensor | PackedWeight) -> "_native.Weight":
-    """A matrix (N, M), or a stack of them, for the extension; the caller keeps its memory."""
+    """A matrix (N, M), or a stack of them, for the extension; the caller keeps its memory.
+
+    The matrices of a plain stack are contiguous, and may lie apart as in a file (docs/kernels.md).
+    """
     if isinstance(weight, PackedWeight):
         _check_packed(weight)
         zeros = 0 if weight.zeros is None else weight.zeros.data_ptr()
         return _native.Weight(
             weight.qweight.data_ptr(), 0, weight.bits, weight.scales.data_ptr(), zeros,
-            weight.out_features, weight.in_features, weight.group_size,
+            weight.out_features, weight.in_features, weight.group_size, 0,
         )  # fmt: skip
     num_rows, num_columns = weight.shape[-2:]
-    return _native.Weight(weight.data_ptr(), TYPES[weight.dtype], 0, 0, 0, num_rows, num_columns, 0)
+    expert_stride = weight.stride(0) if weight.dim() == 3 else 0
+    return _native.Weight(
+        weight.data_ptr(), TYPES[weight.dtype], 0, 0, 0, num_rows, num_columns, 0, expert_stride
+    )
 
 
 def _check_packed(weight: PackedWeight) -> None:

@@ -279,3 +279,11 @@ def sample_tokens(
             kept = filter_logits(logits[r], temperature=heat, top_k=k, top_p=p, min_p=least)
             tokens[r] = draw_token(torch.softmax(kept, dim=0), number)
     return tokens
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether no number of x, of any shape and float, is NaN or infinite."""
+    if not x.numel():
+        return True
+    low, high = x.aminmax()  # one pass, no memory; NaN wins over every number
+    return bool(low.isfinite() and high.isfinite())

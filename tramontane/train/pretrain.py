@@ -114,7 +114,7 @@ def _build_trainer(
     device = _choose_device(config.device)
     dtype = _choose_dtype(config.dtype, device)
     if config.init_from is not None:
-        model = load_model(config.init_from)
+        model = load_model(config.init_from, use_views=False)  # its weights will be written
     else:
         model = build_model(config.model)
         initialize_weights(model, seed=config.seed)

@@ -13,6 +13,7 @@ from tramontane.kernels.fused.cross_entropy import linear_cross_entropy
 from tramontane.kernels.fused.elementwise import rms_norm, rotate
 from tramontane.kernels.fused.experts import moe_experts
 from tramontane.kernels.reference import (
+    is_finite,
     linear,  # torch differentiates it well
     quantized_experts,  # not differentiated, and the native kernels' to make fast
     quantized_linear,
@@ -24,6 +25,7 @@ from tramontane.kernels.reference import (
 
 __all__ = [
     "causal_attention",
+    "is_finite",
     "linear",
     "linear_cross_entropy",
     "moe_experts",
