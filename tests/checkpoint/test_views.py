@@ -26,12 +26,12 @@ from tests.checkpoint.layouts import (
     save_hf_published,
     save_torrent,
 )
+from tests.engine.paged import PagedSequences
 from tests.tiny import make_config, make_model, make_tokens
 from tramontane.checkpoint.loader import load_model
 from tramontane.checkpoint.mistral import write_params
 from tramontane.checkpoint.names import MISTRAL
 from tramontane.checkpoint.writer import save_model
-from tramontane.engine.kv_cache import KVCache
 from tramontane.engine.native_model import build_native_model
 from tramontane.errors import CheckpointError
 from tramontane.kernels import native
@@ -109,8 +109,7 @@ def compute_logits(model: Transformer) -> list[Tensor]:
         tokens = make_tokens(count, seed=count)
         hidden = model.forward_packed(tokens, [count]).hidden
         if runner is not None:
-            cache = KVCache(model.config, max_tokens=count, dtype=hidden.dtype)
-            output = runner.run(tokens, [count], [cache])
+            output = PagedSequences(model).run_natively(runner, tokens, [count])
             assert output is not None
             assert torch.equal(output.hidden, hidden)
         logits.append(model.compute_logits(hidden))
