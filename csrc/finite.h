@@ -33,8 +33,9 @@ class FiniteTask final : public Task {
       const int64_t begin = item * kNumbersAtOnce, rest = a_.count - begin;
       const int64_t count = rest < kNumbersAtOnce ? rest : kNumbersAtOnce;
       const bool are_fine =
-          a_.size == 4 ? are_below(static_cast<const uint32_t*>(a_.data) + begin, count, a_.infinity)
-                       : are_below(static_cast<const uint16_t*>(a_.data) + begin, count, a_.infinity);
+          a_.size == 4
+              ? are_below(static_cast<const uint32_t*>(a_.data) + begin, count, a_.infinity)
+              : are_below(static_cast<const uint16_t*>(a_.data) + begin, count, a_.infinity);
       if (!are_fine) is_finite_.store(false, std::memory_order_relaxed);
     }
   }

@@ -30,10 +30,15 @@ Type to_type(int type) { return static_cast<Type>(type); }
 void build_weight(Weight* self, uintptr_t data, int type, int bits, uintptr_t scales,
                   uintptr_t zeros, int64_t num_rows, int64_t num_columns, int64_t group,
                   int64_t expert_stride) {
-  new (self)
-      Weight{at<const void>(data),     to_type(type), bits,        at<const uint16_t>(scales),
-             at<const uint8_t>(zeros), num_rows,      num_columns, group,
-             expert_stride};
+  new (self) Weight{at<const void>(data),
+                    to_type(type),
+                    bits,
+                    at<const uint16_t>(scales),
+                    at<const uint8_t>(zeros),
+                    num_rows,
+                    num_columns,
+                    group,
+                    expert_stride};
 }
 
 void run_linear(uintptr_t x, int type, int64_t num_tokens, nb::tuple weights, nb::tuple outs,
