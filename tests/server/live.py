@@ -23,7 +23,7 @@ class LiveServer:
     """Its address, what it is made of, and a client without and with a key."""
 
     def __init__(self, app: FastAPI, port: int, loop: asyncio.AbstractEventLoop) -> None:
-        self.app, self.port, self._loop = app, port, loop
+        self.app, self.port, self.loop = app, port, loop
         self.state: ServerState = app.state.server
         state = self.state
         self.url = f"http://127.0.0.1:{port}"
@@ -41,7 +41,7 @@ class LiveServer:
         async def run() -> Any:
             return function(*arguments)
 
-        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(10)
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(10)
 
     def wait_idle(self, seconds: float = 10) -> None:
         """Nothing runs or waits in the engine, and nobody waits for it."""

@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from pydantic import ValidationError
 
 from tests.server.fake_engine import FakeEngine
 from tests.server.live import run_live
@@ -15,6 +16,10 @@ from tramontane.errors import (
     UnavailableError,
 )
 from tramontane.server import errors
+from tramontane.server.protocol.chat import ChatRequest
+from tramontane.server.protocol.completions import CompletionRequest
+from tramontane.server.protocol.embeddings import EmbeddingRequest
+from tramontane.server.protocol.tokenizing import DetokenizeRequest, TokenizeRequest
 
 
 def require_error(response, status, *, code=None, param=None):
@@ -96,6 +101,29 @@ def test_bad_fields_are_named(server, fields, param):
     else:
         code = "unsupported_field" if param in ("prompt_logprobs", "structural_tag") else None
         require_error(server.chat(**fields), 400, param=param, code=code)
+
+
+@pytest.mark.parametrize(
+    ("model", "body"),
+    [
+        (CompletionRequest, {"prompt": [None] * 100_000}),
+        (CompletionRequest, {"prompt": [[None] * 100_000]}),
+        (CompletionRequest, {"prompt": "x", "stop": [None] * 100_000}),
+        (CompletionRequest, {"prompt": "x", "logit_bias": {str(i): "x" for i in range(100_000)}}),
+        (CompletionRequest, {"prompt": "x", "allowed_token_ids": ["x"] * 100_000}),
+        (CompletionRequest, {"prompt": "x", "guided_choice": [1] * 100_000}),
+        (ChatRequest, {"messages": [None] * 100_000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [None] * 100_000}]}),
+        (EmbeddingRequest, {"input": [None] * 100_000}),
+        (DetokenizeRequest, {"tokens": [None] * 100_000}),
+        (TokenizeRequest, {"messages": [None] * 100_000}),
+    ],
+)
+def test_a_long_list_of_mistakes_is_a_few_errors(model, body):
+    """A10: an error for each item would take a thousand times the memory of the request."""
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(body)
+    assert caught.value.error_count() <= 4
 
 
 @pytest.mark.parametrize(

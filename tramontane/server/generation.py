@@ -86,7 +86,7 @@ class Generation:
 
     def fail(self, error: Exception) -> None:
         """End the wait with this error."""
-        self._news.put_nowait(error)
+        self._news.put_nowait(map_error(error))
 
     async def iterate(self, *, heartbeat: float | None = None) -> AsyncIterator[list[Update]]:
         """News as they come, HEARTBEAT after so many seconds without any.

@@ -23,6 +23,7 @@ from tramontane.server.settings import ServerSettings
 from tramontane.server.state import ServerState
 
 _BACKLOG = 1024
+_LAST_WORDS = 1.0  # seconds
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 LoadEngine = Callable[[], ServingEngine]
@@ -73,6 +74,11 @@ async def stop_engine(state: ServerState, engine: ServingEngine) -> None:
     """New requests are refused, /health says so; those that run may end, and then must."""
     state.phase = "draining"
     await engine.drain(state.settings.shutdown_timeout)
+    for _ in range(round(_LAST_WORDS / 0.01)):  # those that were cut off are told so
+        if not state.num_waiting:
+            break
+        await asyncio.sleep(0.01)
+    state.fail_waiting("the server is stopping; this answer was cut off")
     engine.stop()
 
 

@@ -106,6 +106,11 @@ class ServerState:
         """Requests that wait for the engine."""
         return len(self._waiting)
 
+    def fail_waiting(self, reason: str) -> None:
+        """Tell all who wait that there will be no answer."""
+        for waiting in list(self._waiting):
+            waiting.fail(UnavailableError(reason))
+
     async def watch_engine(self) -> None:
         """Forever: whoever waits for an engine that died is told so, and waits no longer."""
         while True:
@@ -114,8 +119,7 @@ class ServerState:
                 continue
             if self._waiting:
                 _log.error("the engine is lost; %d requests end", len(self._waiting))
-            for waiting in list(self._waiting):
-                waiting.fail(UnavailableError("the engine has stopped answering"))
+            self.fail_waiting("the engine has stopped answering")
 
     def log_unknown(self, names: Iterable[str]) -> None:
         """Say once of each field that it has no effect."""

@@ -1,4 +1,7 @@
-"""What all requests have in common: strict known fields; unknown ones are let in, and named."""
+"""What all requests have in common: strict known fields; unknown ones are let in, and named.
+
+All lists fail fast: a million wrong items are one error, not a million.
+"""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -8,7 +11,7 @@ from tramontane.server.errors import unsupported
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 CacheSalt = Annotated[str, Field(min_length=1, max_length=256)]
-Choices = Annotated[list[str], Field(min_length=1, max_length=1024)]
+Choices = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=1024)]
 Ignored = Annotated[Any, Field(description="accepted, without effect")]
 
 

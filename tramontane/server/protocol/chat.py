@@ -32,21 +32,33 @@ class ContentPart(ApiModel):
     text: str | None = None
 
 
+Parts = Annotated[list[ContentPart], Field(fail_fast=True, max_length=MAX_PARTS)]
+
+
 class ChatMessage(ApiModel):
     """One message; `prefix` marks an answer that the model is to continue (Mistral)."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[ContentPart], Field(max_length=MAX_PARTS)] | None = None
+    content: (
+        str | Annotated[list[ContentPart], Field(fail_fast=True, max_length=MAX_PARTS)] | None
+    ) = None
     name: Annotated[str, Field(max_length=256)] | None = None
     prefix: bool | None = None
     tool_calls: Any = None
     tool_call_id: str | None = None
 
 
+Messages = Annotated[
+    list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
+]
+
+
 class ChatRequest(SamplingFields):
     """The body."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[
+        list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
+    ]
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     logprobs: bool | None = None
@@ -56,7 +68,7 @@ class ChatRequest(SamplingFields):
     parallel_tool_calls: Ignored = None
     add_generation_prompt: Literal[True] | None = None
     continue_final_message: bool | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     user: Ignored = None
     metadata: Ignored = None
     store: Ignored = None

@@ -19,9 +19,9 @@ COMPLETION_UNSUPPORTED = {
     "suffix": "this model was not trained to fill in the middle",
 }
 
-Prompts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-IdPrompt = Annotated[list[TokenId], Field(min_length=1)]
-IdPrompts = Annotated[list[IdPrompt], Field(min_length=1, max_length=MAX_PROMPTS)]
+Prompts = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
+IdPrompt = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
+IdPrompts = Annotated[list[IdPrompt], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
 
 
 class CompletionRequest(SamplingFields):

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from tramontane.engine.sampling_params import MAX_LISTED_IDS, MAX_STOP_LENGTH, MAX_STOPS
 from tramontane.server.protocol.base import (
@@ -15,9 +15,19 @@ from tramontane.server.protocol.base import (
     TokenId,
 )
 
+
+def _bound_bias(value: Any) -> Any:
+    """Before each of its items is looked at."""
+    if isinstance(value, dict) and len(value) > MAX_LISTED_IDS:
+        raise ValueError(f"it has {len(value)} items; there may be {MAX_LISTED_IDS}")
+    return value
+
+
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-TokenIds = Annotated[list[TokenId], Field(max_length=MAX_LISTED_IDS)]
+StopTexts = Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOPS)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_LISTED_IDS)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+BiasMap = Annotated[dict[str, Bias], Field(max_length=MAX_LISTED_IDS), BeforeValidator(_bound_bias)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 TokenCount = Annotated[int, Field(ge=0, le=1_000_000)]
@@ -53,14 +63,16 @@ class SamplingFields(ApiRequest):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] | None = None
     seed: Seed | None = None
     random_seed: Seed | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    stop: (
+        StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOPS)] | None
+    ) = None
     stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = None
     min_tokens: TokenCount | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: Literal[True] | None = None
     n: NumAnswers | None = None
-    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_LISTED_IDS)] | None = None
+    logit_bias: BiasMap | None = None
     allowed_token_ids: TokenIds | None = None
     prompt_logprobs: NumLogprobs | bool | None = None
     top_prompt_logprobs: NumLogprobs | None = None

@@ -6,16 +6,14 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from tramontane.server.protocol.base import ApiRequest, TokenId
-from tramontane.server.protocol.chat import MAX_MESSAGES, ChatMessage
+from tramontane.server.protocol.chat import Messages
 
 
 class TokenizeRequest(ApiRequest):
     """A text, or the messages of a conversation."""
 
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = (
-        None
-    )
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     continue_final_message: bool | None = None
     return_token_strs: bool | None = None
@@ -24,7 +22,7 @@ class TokenizeRequest(ApiRequest):
 class DetokenizeRequest(ApiRequest):
     """Token ids of a text."""
 
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 class TokenizeAnswer(TypedDict):
