@@ -29,8 +29,7 @@ from tramontane.server.validation import describe_validation
 # No telemetry, whatever the environment says: the server opens no connection.
 _NO_TELEMETRY = TelemetryConfig(auto_configure=False, tracing=False, metrics=False, logs=False)
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer}
-    for status in (400, 401, 403, 404, 408, 413, 415, 429, 431, 500, 503)
+    "default": {"model": ErrorAnswer, "description": "Any error"}
 }
 
 

@@ -13,13 +13,13 @@ from tramontane.server.prompts import write_chat_prompt
 from tramontane.server.protocol.answers import ChatAnswer
 from tramontane.server.protocol.chat import CHAT_UNSUPPORTED, ChatRequest
 from tramontane.server.state import ServerState
-from tramontane.server.streaming import open_stream
+from tramontane.server.streaming import STREAM, open_stream
 from tramontane.server.wiring import get_state
 
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", responses={200: {"model": ChatAnswer}})
+@router.post("/v1/chat/completions", responses={200: {"model": ChatAnswer, **STREAM}})
 async def create_chat_completion(
     body: ChatRequest, http: Request, state: Annotated[ServerState, Depends(get_state)]
 ) -> Response:

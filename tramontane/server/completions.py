@@ -13,14 +13,14 @@ from tramontane.server.prompts import write_completion_prompts
 from tramontane.server.protocol.answers import TextAnswer
 from tramontane.server.protocol.completions import COMPLETION_UNSUPPORTED, CompletionRequest
 from tramontane.server.state import ServerState
-from tramontane.server.streaming import open_stream
+from tramontane.server.streaming import STREAM, open_stream
 from tramontane.server.wiring import get_state
 
 router = APIRouter()
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
-@router.post("/v1/completions", responses={200: {"model": TextAnswer}})
+@router.post("/v1/completions", responses={200: {"model": TextAnswer, **STREAM}})
 async def create_completion(
     body: CompletionRequest, http: Request, state: Annotated[ServerState, Depends(get_state)]
 ) -> Response:

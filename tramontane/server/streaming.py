@@ -19,6 +19,8 @@ from tramontane.server.json_text import dump_json
 _log = logging.getLogger("tramontane.server")
 _HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 _COMMENT = b": still working\n\n"
+# What the OpenAPI document says of an answer that may be a stream.
+STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
 _DONE = b"data: [DONE]\n\n"
 
 

@@ -39,9 +39,7 @@ class ChatMessage(ApiModel):
     """One message; `prefix` marks an answer that the model is to continue (Mistral)."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: (
-        str | Annotated[list[ContentPart], Field(fail_fast=True, max_length=MAX_PARTS)] | None
-    ) = None
+    content: str | Parts | None = None
     name: Annotated[str, Field(max_length=256)] | None = None
     prefix: bool | None = None
     tool_calls: Any = None
@@ -56,9 +54,7 @@ Messages = Annotated[
 class ChatRequest(SamplingFields):
     """The body."""
 
-    messages: Annotated[
-        list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
-    ]
+    messages: Messages
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     logprobs: bool | None = None

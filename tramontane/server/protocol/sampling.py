@@ -63,9 +63,7 @@ class SamplingFields(ApiRequest):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] | None = None
     seed: Seed | None = None
     random_seed: Seed | None = None
-    stop: (
-        StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOPS)] | None
-    ) = None
+    stop: StopText | StopTexts | None = None
     stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = None
     min_tokens: TokenCount | None = None
