@@ -16,32 +16,53 @@ from tramontane.tokenizer.tokenizer import Tokenizer
 class ServedModel(Protocol):
     """Facts about the model. `created` is in Unix seconds; experts are None in a dense one."""
 
-    name: str
-    created: int
-    max_seq_len: int
-    vocab_size: int
-    n_layers: int
-    dim: int
-    num_experts: int | None
-    num_experts_per_tok: int | None
-    num_parameters: int
-    num_active_parameters: int
-    num_expert_parameters: int  # of one expert
-    weight_bytes_per_expert: int
+    @property
+    def name(self) -> str: ...
+    @property
+    def created(self) -> int: ...
+    @property
+    def max_seq_len(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def num_experts(self) -> int | None: ...
+    @property
+    def num_experts_per_tok(self) -> int | None: ...
+    @property
+    def num_parameters(self) -> int: ...
+    @property
+    def num_active_parameters(self) -> int: ...
+    @property
+    def num_expert_parameters(self) -> int: ...  # of one expert
+    @property
+    def weight_bytes_per_expert(self) -> int: ...
 
 
 class EngineStats(Protocol):
     """Counts since the start, but for what runs and waits now. Prefix cache: tokens."""
 
-    num_running: int
-    num_waiting: int
-    kv_cache_usage: float  # 0..1
-    prefix_cache_queries: int
-    prefix_cache_hits: int
-    num_preemptions: int
-    num_prompt_tokens: int
-    num_generation_tokens: int
-    expert_tokens: Sequence[Sequence[int]]  # (L, E)
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def kv_cache_usage(self) -> float: ...  # 0..1
+    @property
+    def prefix_cache_queries(self) -> int: ...
+    @property
+    def prefix_cache_hits(self) -> int: ...
+    @property
+    def num_preemptions(self) -> int: ...
+    @property
+    def num_prompt_tokens(self) -> int: ...
+    @property
+    def num_generation_tokens(self) -> int: ...
+    @property
+    def expert_tokens(self) -> Sequence[Sequence[int]]: ...  # (L, E)
 
 
 class AnswerStream(Protocol):
@@ -62,11 +83,16 @@ class ServingEngine(Protocol):
     set. `chat_format` is None for a base model.
     """
 
-    model: ServedModel
-    tokenizer: Tokenizer
-    chat_format: ChatFormat | None
-    default_params: SamplingParams
-    generation_overrides: Mapping[str, Any]
+    @property
+    def model(self) -> ServedModel: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def chat_format(self) -> ChatFormat | None: ...
+    @property
+    def default_params(self) -> SamplingParams: ...
+    @property
+    def generation_overrides(self) -> Mapping[str, Any]: ...
 
     def submit(self, request: Request) -> AnswerStream:
         """Queue a request. Raises RequestError, ContextError, OverloadError, CapacityError (it
