@@ -6,7 +6,7 @@ It keeps the contract of tramontane/server/ports.py, in the event loop instead o
 import asyncio
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -152,7 +152,7 @@ class FakeStream:
                 else:
                     updates = [choice.step() for choice in choices if choice.is_open]
                 self._updates.put_nowait(updates)
-        except TramontaneError as error:
+        except Exception as error:
             self._updates.put_nowait(error)
         finally:
             async with engine.free:
@@ -169,6 +169,7 @@ class _Choice:
         self._random = random.Random(repr((tuple(request.prompt_ids), seed)))
         decoder = IncrementalDecoder(engine.tokenizer, starts_text=request.starts_text)
         self._output = TextOutput(decoder, stop=request.params.stop)
+        self._num_told = 0  # tokens whose text has become certain
         self._ids: list[int] = []
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprob] = []
@@ -185,34 +186,34 @@ class _Choice:
             raise failure
         token_id = 3 + self._random.choice(b"abcdefghijklmnopqrstuvwxyz     .,")
         self._ids.append(token_id)
-        text = "".join(segment.text for segment in self._output.push(token_id))
+        texts = self._output.push(token_id)
         if self._output.is_stopped:
-            return self.end("stop", text=text)
+            return self.end("stop", texts=texts)
         if len(self._ids) == params.max_tokens:
-            text += "".join(segment.text for segment in self._output.finish())
-            return self.end("length", text=text)
-        return ChoiceUpdate(self._index, [self._make_piece(text)])
+            return self.end("length", texts=texts + self._output.finish())
+        return ChoiceUpdate(self._index, [self._make_piece(text) for text in texts])
 
     def end(
-        self, reason: Any, error: TramontaneError | None = None, *, text: str | None = None
+        self, reason: Any, error: TramontaneError | None = None, *, texts: Sequence[str] = ()
     ) -> ChoiceUpdate:
         self.is_open = False
         self._engine.num_ended[reason] += 1
-        pieces = [] if text is None else [self._make_piece(text)]
+        pieces = [self._make_piece(text) for text in texts]
         return ChoiceUpdate(self._index, pieces, self._build_completion(reason, error))
 
     def _make_piece(self, text: str) -> TextPiece:
         self._texts.append(text)
-        routed = self._request.routing != "none"
-        at = len(self._request.prompt_ids) + len(self._ids) - 1
+        token_id = self._ids[self._num_told]
+        at = len(self._request.prompt_ids) + self._num_told
+        self._num_told += 1
         logprob = None
         if self._request.params.logprobs is not None:
-            logprob = make_logprob(self._ids[-1], self._request.params.logprobs)
+            logprob = make_logprob(token_id, self._request.params.logprobs)
             self._logprobs.append(logprob)
-        return TextPiece(
-            text, self._ids[-1], make_experts(at) if routed else None,
-            np.tile(np.float32([0.75, 0.25]), (L, 1)) if routed else None, logprob,
-        )  # fmt: skip
+        if self._request.routing == "none":
+            return TextPiece(text, token_id, logprob=logprob)
+        weights = np.tile(np.float32([0.75, 0.25]), (L, 1))
+        return TextPiece(text, token_id, make_experts(at), weights, logprob)
 
     def _build_completion(self, reason: Any, error: TramontaneError | None) -> Completion:
         request, params = self._request, self._request.params
@@ -233,16 +234,12 @@ class _Choice:
             selected_experts=experts,
             expert_weights=None if experts is None else np.full(experts.shape, 0.5, np.float32),
             routing_start=start, index=self._index,
-            stop_reason=self._find_stop() if reason == "stop" else None,
+            stop_reason=self._output.found_stop,
             logprobs=tuple(self._logprobs) if params.logprobs is not None else None,
             prompt_logprobs=prompt_logprobs,
             embedding=make_embedding(prompt_ids) if request.wants_embedding else None,
             error=error,
         )  # fmt: skip
-
-    def _find_stop(self) -> str | None:
-        decoded = self._engine.tokenizer.decode(self._ids)
-        return next((stop for stop in self._request.params.stop if stop in decoded), None)
 
 
 def make_experts(at: int) -> np.ndarray:

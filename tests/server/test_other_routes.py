@@ -51,7 +51,8 @@ def test_echo_with_logprobs_is_what_evaluations_read(server):
     assert logprobs["tokens"][:4] == ["<s>", "a", "b", "c"]
     assert logprobs["token_logprobs"][0] is None
     assert logprobs["top_logprobs"][1] == {"a": -0.5}
-    assert logprobs["text_offset"][:4] == [0, 3, 4, 5]
+    assert logprobs["text_offset"] == [0, 0, 1, 2, 3]
+    assert "prompt_logprobs" not in choice
     assert {len(values) for values in logprobs.values()} == {5}
     nothing = server.complete([1, 100], echo=True, logprobs=0, max_tokens=0).json()["choices"][0]
     assert nothing["text"] == "a"

@@ -11,6 +11,7 @@ from tramontane.server.generation import Answer
 from tramontane.server.logprobs import describe_completion_logprobs, describe_prompt_logprobs
 from tramontane.server.prompts import Prompt
 from tramontane.server.routing_json import describe_pieces
+from tramontane.tokenizer.stream import IncrementalDecoder
 
 
 def build_text_answer(
@@ -37,7 +38,7 @@ def _build_choice(exchange: Exchange, index: int, answer: Answer, *, echo: bool)
         "stop_reason": completion.stop_reason,
         **exchange.build_extras(completion, prompt),
     }
-    if completion.prompt_logprobs is not None:
+    if completion.prompt_logprobs is not None and exchange.fields.prompt_logprobs is not None:
         choice["prompt_logprobs"] = describe_prompt_logprobs(
             completion.prompt_logprobs, exchange.names
         )
@@ -60,8 +61,9 @@ def _describe_logprobs(
     if echo and completion.prompt_logprobs is not None:
         entries = [*completion.prompt_logprobs, *entries]
         ids = [*prompt.ids, *ids]
-    described = describe_completion_logprobs(entries, ids, exchange.names, offset=0)
-    return dict(described)
+    decoder = IncrementalDecoder(exchange.engine.tokenizer, starts_text=echo)
+    lengths = [len(decoder.push(token_id)) for token_id in ids]
+    return dict(describe_completion_logprobs(entries, ids, exchange.names, lengths=lengths))
 
 
 class CompletionChunks(Chunks):
@@ -86,7 +88,8 @@ class CompletionChunks(Chunks):
         if scored := [piece for piece in pieces if piece.logprob is not None]:
             choice["logprobs"] = describe_completion_logprobs(
                 [piece.logprob for piece in scored], [piece.token_id for piece in scored],
-                self._exchange.names, offset=self._lengths[index],
+                self._exchange.names, lengths=[len(piece.text) for piece in scored],
+                offset=self._lengths[index],
             )  # fmt: skip
         if self._exchange.wants_routing:
             choice["routing"] = describe_pieces(pieces)

@@ -4,6 +4,7 @@ A token that is no text of its own, a part of a character, is written "bytes:\xe
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 from tramontane.engine.completion import TokenLogprob
@@ -55,16 +56,13 @@ def describe_chat_logprobs(
 
 
 def describe_completion_logprobs(
-    logprobs: Sequence[TokenLogprob | None], ids: Sequence[int], names: TokenNames, *, offset: int
-) -> CompletionLogprobs:
-    """Parallel lists for the tokens `ids`; `offset` is the place of the first in the text."""
-    tokens = names.name_all(ids)
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token)
+    logprobs: Sequence[TokenLogprob | None], ids: Sequence[int], names: TokenNames, *,
+    lengths: Iterable[int], offset: int = 0,
+) -> CompletionLogprobs:  # fmt: skip
+    """Parallel lists for the tokens `ids`, of so many characters; the text begins at `offset`."""
+    offsets = list(accumulate(lengths, initial=offset))[:-1]
     return {
-        "tokens": tokens,
+        "tokens": names.name_all(ids),
         "token_logprobs": [None if entry is None else _finite(entry.logprob) for entry in logprobs],
         "top_logprobs": [None if entry is None else _list_top(entry, names) for entry in logprobs],
         "text_offset": offsets,
