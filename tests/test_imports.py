@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 BASE = ["torch", "numpy", "safetensors", "tokenizers", "mistral-common[sentencepiece]",
         "huggingface_hub", "cyclopts", "rich"]  # fmt: skip
 CORE = ["torch", "numpy", "safetensors"]
+SERVE = [*BASE, "fastapi", "uvicorn", "pydantic", "prometheus-client"]
 # What runs on a machine that has little more than torch.
 CORE_PACKAGES = ("config", "errors", "kernels", "nn", "models", "checkpoint", "quant")
 
@@ -77,8 +78,12 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("requirements", "modules"),
-    [(BASE, list_modules()), (CORE, list_modules(*CORE_PACKAGES))],
-    ids=["base", "core"],
+    [
+        (BASE, [name for name in list_modules() if name.split(".")[1:2] != ["server"]]),
+        (CORE, list_modules(*CORE_PACKAGES)),
+        (SERVE, list_modules("server")),
+    ],
+    ids=["base", "core", "serve"],
 )
 def test_modules_import_with_these_alone(requirements: list[str], modules: list[str]) -> None:
     hidden = list_hidden(requirements)

@@ -16,6 +16,7 @@ from tramontane.errors import TramontaneError
 # What `tramontane --help` lists stands here: reading it from all verbs would import torch.
 _VERBS = {
     "run": "Generate text from a prompt, from standard input, or in an interactive session.",
+    "serve": "Serve a model over HTTP: OpenAI's and Mistral's interfaces, and a page.",
     "train": "Train a model on text.",
     "perplexity": "Score a model on held-out text, in bits per byte.",
     "show": "Print what a model is, without reading its weights.",

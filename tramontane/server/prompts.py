@@ -1,0 +1,170 @@
+"""From what a client sends to the ids that the model reads, and whether they fit its context."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from tramontane.server.errors import blame, invalid, unsupported
+from tramontane.server.ports import ServedModel, ServingEngine
+from tramontane.server.protocol.chat import ChatMessage
+from tramontane.server.safety import SAFE_PROMPT, prefix_messages
+from tramontane.tokenizer.chat import PlainFormat
+
+_INLINE_CHARACTERS = 16_384  # a longer text is encoded in a thread, and holds up nobody
+_Result = TypeVar("_Result")
+
+
+class Prompt(NamedTuple):
+    """`text` is what a client may see again (`echo`); `starts_text` is the engine's."""
+
+    ids: list[int]
+    text: str = ""
+    starts_text: bool = False
+
+
+async def write_chat_prompt(
+    messages: Sequence[ChatMessage], engine: ServingEngine, *,
+    is_prefixed: bool, continue_final: bool,
+) -> Prompt:  # fmt: skip
+    """The conversation in the model's format. Raises ApiError 400, RequestError, TokenizerError."""
+    plain = read_messages(messages)
+    if is_prefixed:
+        plain = prefix_messages(plain)
+    continue_final = _wants_continuation(messages, continue_final)
+    size = sum(len(message["content"]) for message in plain)
+    chat_format = engine.chat_format or PlainFormat()
+    ids = await _run_aside(
+        size, lambda: chat_format.encode(plain, engine.tokenizer, continue_final=continue_final)
+    )
+    return Prompt(ids, starts_text=engine.chat_format is not None and not continue_final)
+
+
+async def write_completion_prompts(
+    prompt: str | list[Any], engine: ServingEngine, *,
+    is_prefixed: bool, add_special_tokens: bool, param: str,
+) -> list[Prompt]:  # fmt: skip
+    """One prompt, or several: texts or ids. Raises ApiError 400 and TokenizerError.
+
+    `param` is where they stand in the request.
+    """
+    tokenizer = engine.tokenizer
+    has_bos = add_special_tokens and tokenizer.adds_bos
+    several: list[Any] = prompt if isinstance(prompt, list) and not _is_ids(prompt) else [prompt]
+    prefix = SAFE_PROMPT + "\n\n" if is_prefixed else ""
+    size = sum(len(one) for one in several)
+    if isinstance(several[0], str):
+        texts = [prefix + text for text in several]
+        with blame(param):
+            all_ids = await _run_aside(size, lambda: tokenizer.encode_batch(texts))
+        start = [tokenizer.bos_id] if has_bos else []
+        return [Prompt(start + ids, text) for ids, text in zip(all_ids, texts, strict=True)]
+    require_ids(several, engine.model.vocab_size, param)
+    if prefix:
+        prefix_ids = tokenizer.encode(prefix)
+        several = [_insert_prefix(prefix_ids, ids, tokenizer.bos_id) for ids in several]
+    return [Prompt(list(ids), tokenizer.decode(_only_known(ids, engine))) for ids in several]
+
+
+def read_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """Role and text of each. Raises ApiError 400, naming the part that is no text."""
+    plain = []
+    for number, message in enumerate(messages):
+        where = f"messages.{number}"
+        if message.role == "tool" or message.tool_calls:
+            raise unsupported(where, "this model has no format for tools")
+        role = "system" if message.role == "developer" else message.role
+        plain.append({"role": role, "content": _read_content(message, f"{where}.content")})
+    return plain
+
+
+def fit(
+    prompt: Prompt, model: ServedModel, *, max_tokens: int | None, default: int | None,
+    truncate: int | None, param: str,
+) -> tuple[Prompt, int]:  # fmt: skip
+    """The prompt, cut at its beginning only if the client asks, and how long the answer may be.
+
+    What the client does not say is `default`, or all the room. Raises ApiError 400, blaming
+    `param`: nothing is shortened in silence.
+    """
+    size = model.max_seq_len
+    if truncate is not None:
+        keep = max(1, size - (max_tokens or 1)) if truncate == -1 else truncate
+        prompt = prompt._replace(ids=prompt.ids[-keep:])
+    room = size - len(prompt.ids)
+    if room < (1 if max_tokens is None else max_tokens):
+        wanted = "" if max_tokens is None else f" and max_tokens is {max_tokens}"
+        raise invalid(
+            f"the prompt has {len(prompt.ids)} tokens{wanted}; this model's context holds {size}, "
+            f"answer included: shorten the prompt or the answer",
+            param,
+            code="context_length_exceeded",
+        )
+    if max_tokens is None:
+        max_tokens = room if default is None else min(default, room)
+    return prompt, max_tokens
+
+
+def require_ids(prompts: Sequence[Sequence[int]], vocab_size: int, param: str) -> None:
+    """Raises ApiError 400 for an id that the model does not have."""
+    for ids in prompts:
+        if max(ids) >= vocab_size:
+            raise invalid(
+                f"{param} holds the token id {max(ids)}; this model's ids are 0 to "
+                f"{vocab_size - 1}",
+                param,
+            )
+
+
+def _read_content(message: ChatMessage, where: str) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    texts = []
+    for number, part in enumerate(message.content or ()):
+        if part.type != "text" or part.text is None:
+            raise invalid(
+                f"the part is of type {part.type!r}; this server reads parts of type 'text', and "
+                f"opens no address",
+                f"{where}.{number}",
+                code="unsupported_content",
+            )
+        texts.append(part.text)
+    if not texts and message.role != "assistant":
+        raise invalid("the message has no text", where)
+    return "".join(texts)
+
+
+def _wants_continuation(messages: Sequence[ChatMessage], continue_final: bool) -> bool:
+    """Whether the last message is to be continued. Raises ApiError 400."""
+    for number, message in enumerate(messages[:-1]):
+        if message.prefix:
+            raise invalid("only the last message can be a prefix", f"messages.{number}.prefix")
+    last, where = messages[-1], f"messages.{len(messages) - 1}"
+    continue_final = continue_final or bool(last.prefix)
+    if last.role == "assistant" and not continue_final:
+        raise invalid(
+            "the last message is the assistant's: end with one of the user, or set prefix on it "
+            "(or continue_final_message) to have it continued",
+            where,
+        )
+    if last.role != "assistant" and continue_final:
+        raise invalid("only a message of the assistant can be continued", where)
+    return continue_final
+
+
+def _is_ids(prompt: list[Any]) -> bool:
+    return isinstance(prompt[0], int)
+
+
+def _insert_prefix(prefix: list[int], ids: list[int], bos_id: int) -> list[int]:
+    """Behind the token that begins the text, if the client sent it."""
+    at = 1 if ids[0] == bos_id else 0
+    return [*ids[:at], *prefix, *ids[at:]]
+
+
+def _only_known(ids: Sequence[int], engine: ServingEngine) -> list[int]:
+    """A model's head may be larger than its vocabulary; such ids have no text."""
+    return [i for i in ids if i < engine.tokenizer.vocab_size]
+
+
+async def _run_aside(size: int, work: Callable[[], _Result]) -> _Result:
+    return work() if size <= _INLINE_CHARACTERS else await asyncio.to_thread(work)

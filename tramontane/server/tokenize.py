@@ -1,0 +1,74 @@
+"""`POST /tokenize`, `/detokenize`, `GET /tokenizer_info`: the vocabulary (vLLM's routes)."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+
+from tramontane.server.errors import blame, invalid
+from tramontane.server.logprobs import TokenNames
+from tramontane.server.prompts import require_ids, write_chat_prompt, write_completion_prompts
+from tramontane.server.protocol.tokenizing import (
+    DetokenizeAnswer,
+    DetokenizeRequest,
+    TokenizeAnswer,
+    TokenizeRequest,
+    TokenizerInfo,
+)
+from tramontane.server.state import ServerState
+from tramontane.server.wiring import get_state
+
+router = APIRouter()
+State = Annotated[ServerState, Depends(get_state)]
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, state: State) -> TokenizeAnswer:
+    """The ids of a text, or of a conversation as the model reads it."""
+    engine = state.require_engine(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise invalid("send either prompt or messages", "prompt")
+    if body.messages is not None:
+        with blame("messages"):
+            prompt = await write_chat_prompt(
+                body.messages, engine, is_prefixed=state.settings.safe_prompt == "always",
+                continue_final=bool(body.continue_final_message),
+            )  # fmt: skip
+    else:
+        (prompt,) = await write_completion_prompts(
+            body.prompt or "", engine, param="prompt", is_prefixed=False,
+            add_special_tokens=body.add_special_tokens is not False,
+        )  # fmt: skip
+    names = TokenNames(engine.tokenizer)
+    return {
+        "count": len(prompt.ids),
+        "max_model_len": engine.model.max_seq_len,
+        "tokens": prompt.ids,
+        "token_strs": names.name_all(prompt.ids) if body.return_token_strs else None,
+    }
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, state: State) -> DetokenizeAnswer:
+    """The text of ids; control tokens are silent."""
+    engine = state.require_engine(body.model)
+    if body.tokens:
+        require_ids([body.tokens], engine.tokenizer.vocab_size, "tokens")
+    return {"prompt": engine.tokenizer.decode(body.tokens)}
+
+
+@router.get("/tokenizer_info")
+async def show_tokenizer(state: State) -> TokenizerInfo:
+    """The control tokens."""
+    tokenizer = state.engine.tokenizer
+    unk = next((n for n, i in tokenizer.control_ids.items() if i == tokenizer.unk_id), None)
+    return {
+        "tokenizer_class": type(tokenizer).__name__,
+        "vocab_size": tokenizer.vocab_size,
+        "model_max_length": state.engine.model.max_seq_len,
+        "add_bos_token": tokenizer.adds_bos,
+        "bos_token": tokenizer.bos_token,
+        "eos_token": tokenizer.eos_token,
+        "pad_token": None,
+        "unk_token": unk,
+        "chat_template": None,
+    }
