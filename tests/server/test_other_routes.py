@@ -137,6 +137,12 @@ def test_the_vocabulary(server):
     assert server.post("/detokenize", tokens=[]).json() == {"prompt": ""}
     without = server.post("/tokenize", prompt="h", add_special_tokens=False).json()
     assert without["tokens"] == [107]
+    alone = server.post("/tokenize", prompt="</s>", add_special_tokens=False).json()
+    assert alone["tokens"] == [2]  # how lm-eval finds it; within a text it is text:
+    assert (
+        2 not in server.post("/tokenize", prompt="</s> ", add_special_tokens=False).json()["tokens"]
+    )
+    assert server.post("/tokenize", prompt="</s>").json()["count"] == 5
     chat = server.post("/tokenize", messages=[{"role": "user", "content": "h"}]).json()
     assert chat["tokens"] == [1, 107]
     assert server.post("/tokenize").status_code == 400

@@ -6,7 +6,12 @@ from fastapi import APIRouter, Depends
 
 from tramontane.server.errors import blame, invalid
 from tramontane.server.logprobs import TokenNames
-from tramontane.server.prompts import require_ids, write_chat_prompt, write_completion_prompts
+from tramontane.server.prompts import (
+    Prompt,
+    require_ids,
+    write_chat_prompt,
+    write_completion_prompts,
+)
 from tramontane.server.protocol.tokenizing import (
     DetokenizeAnswer,
     DetokenizeRequest,
@@ -27,7 +32,10 @@ async def tokenize(body: TokenizeRequest, state: State) -> TokenizeAnswer:
     engine = state.require_engine(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise invalid("send either prompt or messages", "prompt")
-    if body.messages is not None:
+    control_id = engine.tokenizer.control_ids.get(body.prompt or "")
+    if control_id is not None and body.add_special_tokens is False:
+        prompt = Prompt([control_id])  # lm-eval asks so for the id of "<s>"
+    elif body.messages is not None:
         with blame("messages"):
             prompt = await write_chat_prompt(
                 body.messages, engine, is_prefixed=state.settings.safe_prompt == "always",
