@@ -22,7 +22,6 @@ class Runner:
         """Token ids, without special ones."""
         return self.tokenizer.encode(text)
 
-    @torch.inference_mode()
     def generate(self, prompts: list[list[int]], num_tokens: int) -> int:
         """Answer greedily with exactly so many tokens each; how many there were."""
         config = GenerationConfig(

@@ -77,14 +77,11 @@ class ModelRunner:
             first_rows.append(len(rows))
             num_rows.append(count)
             rows += range(len(tokens) - count, len(tokens))
-        return PassInput(
-            self._tensor(tokens),
-            self._build_batch(shares),
-            self._tensor(rows),
-            self._count_experts(shares),
-            first_rows,
-            num_rows,
-        )
+        num_queries = [num_tokens for _, num_tokens in shares]
+        num_keys = [sequence.num_computed_tokens + n for sequence, n in shares]
+        ids, scored, queries, keys = self._tensors(tokens, rows, num_queries, num_keys)
+        batch = PagedBatch(self._build_tables(shares), queries, keys)
+        return PassInput(ids, batch, scored, self._count_experts(shares), first_rows, num_rows)
 
     def run(self, given: PassInput) -> PassOutput:
         """One pass. Raises CapacityError if there is no memory for it."""
@@ -128,18 +125,14 @@ class ModelRunner:
             found.weights,
         )
 
-    def _build_batch(self, shares: Items[Share]) -> PagedBatch:
-        longest = max(len(sequence.block_table) for sequence, _ in shares)
-        tables = np.zeros((len(shares), longest), dtype=np.int64)
-        for row, (sequence, _) in zip(tables, shares, strict=True):
-            row[: len(sequence.block_table)] = sequence.block_table
-        num_queries = [num_tokens for _, num_tokens in shares]
-        num_keys = [sequence.num_computed_tokens + n for sequence, n in shares]
-        return PagedBatch(
-            torch.from_numpy(tables).to(self._device),
-            self._tensor(num_queries),
-            self._tensor(num_keys),
-        )
+    def _build_tables(self, shares: Items[Share]) -> Tensor:
+        """The blocks of each sequence (B, longest); what follows those of a shorter one is 0."""
+        longest = max([len(sequence.block_table) for sequence, _ in shares])
+        tables = [
+            sequence.block_table + [0] * (longest - len(sequence.block_table))
+            for sequence, _ in shares
+        ]
+        return torch.from_numpy(np.array(tables, dtype=np.int64)).to(self._device)
 
     def _count_experts(self, shares: Items[Share]) -> Tensor | None:
         """Experts of each token, None if all run through the model's own number of them."""
@@ -151,7 +144,10 @@ class ModelRunner:
         counts: list[int] = []
         for count, (_, num_tokens) in zip(asked, shares, strict=True):
             counts += [count or moe.num_experts_per_tok] * num_tokens
-        return self._tensor(counts)
+        return self._tensors(counts)[0]
 
-    def _tensor(self, numbers: list[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=self._device)
+    def _tensors(self, *parts: list[int]) -> Items[Tensor]:
+        """Each list as int64; parts of one tensor, because building one takes a few us."""
+        numbers = [number for part in parts for number in part]
+        whole = torch.from_numpy(np.array(numbers, dtype=np.int64)).to(self._device)
+        return whole.split([len(part) for part in parts])

@@ -15,6 +15,8 @@ from tramontane.engine.model_runner import PassInput, PassOutput
 from tramontane.engine.scheduler import Scheduler, Share
 from tramontane.engine.sequence import Sequence
 
+_MAX_UNCOUNTED = 1024  # tokens whose experts are kept to be counted together
+
 
 class _Part(NamedTuple):
     """What of a pass is one sequence's: tokens from `start`, and `num_rows` rows from `first_row`.
@@ -45,17 +47,20 @@ class OutputProcessor:
         self._num_experts, self._max_num_drafts = num_experts, max_num_drafts
         self._num_passes = self._num_prompt_tokens = self._num_generated = 0
         self._num_drafts = self._num_accepted_drafts = 0
-        self._expert_tokens = np.zeros((0, num_experts), dtype=np.int64)
+        self._expert_tokens: Tensor | None = None  # (L, E) int64
+        self._uncounted: list[Tensor] = []  # experts of passes, (L, T, K)
+        self._num_uncounted = 0  # tokens of them
 
     def list_counts(self) -> dict[str, Any]:
-        """What `EngineStats` says of the passes so far."""
+        """What `EngineStats` says of the passes so far; of experts, a little less while it runs."""
+        counts = self._expert_tokens
         return {
             "num_passes": self._num_passes,
             "num_prompt_tokens": self._num_prompt_tokens,
             "num_generation_tokens": self._num_generated,
             "num_drafts": self._num_drafts,
             "num_accepted_drafts": self._num_accepted_drafts,
-            "expert_tokens": self._expert_tokens.tolist(),
+            "expert_tokens": [] if counts is None else counts.tolist(),
         }
 
     def process(self, shares: list[Share], given: PassInput, output: PassOutput) -> list[Sequence]:
@@ -94,6 +99,8 @@ class OutputProcessor:
             self._try_drafts(part, output, routing)
         for sequence in touched:
             self._settle(sequence)
+        if not self._scheduler.num_unfinished:
+            self._count_experts()
         return touched
 
     def _note(self, part: _Part, output: PassOutput, routing: "_Routing | None") -> None:
@@ -179,19 +186,27 @@ class OutputProcessor:
             sequence.draft_ids = sequence.draft_source.propose(sequence.token_ids, limit)
 
     def _count(self, output: PassOutput) -> None:
+        """Keep the experts of a pass to be counted later: for a few tokens it takes too long."""
         self._num_passes += 1
-        if output.experts is None:
+        if output.experts is not None:
+            self._uncounted.append(output.experts)
+            self._num_uncounted += output.experts.shape[1]
+            if self._num_uncounted >= _MAX_UNCOUNTED:
+                self._count_experts()
+
+    def _count_experts(self) -> None:
+        if not self._uncounted:
             return
-        experts = output.experts.cpu().numpy()  # (L, T, K), -1 where a token has fewer
-        num_layers, columns = len(experts), self._num_experts + 1
-        shifted = experts.reshape(num_layers, -1) + 1
-        shifted += np.arange(num_layers)[:, None] * columns
-        counts = np.bincount(shifted.reshape(-1), minlength=num_layers * columns)
-        counts = counts.reshape(num_layers, columns)[:, 1:]
-        if len(self._expert_tokens) == 0:
-            self._expert_tokens = counts
-        else:
-            self._expert_tokens += counts
+        columns = self._num_experts + 1  # the first is for -1, where a token has fewer experts
+        found = [experts.flatten(1) + 1 for experts in self._uncounted]  # (L, T * K)
+        shifted = torch.cat(found, dim=1).cpu()
+        num_layers = len(shifted)
+        shifted += torch.arange(num_layers)[:, None] * columns
+        counts = torch.bincount(shifted.flatten(), minlength=num_layers * columns)
+        counts = counts.view(num_layers, columns)[:, 1:]
+        previous = self._expert_tokens
+        self._expert_tokens = counts if previous is None else previous + counts
+        self._uncounted, self._num_uncounted = [], 0
 
 
 class _Routing(NamedTuple):
