@@ -50,7 +50,8 @@ class PagedSequences:
         positions = torch.cat([
             torch.arange(self.lengths[i], self.lengths[i] + seqlens[i]) for i in active
         ])  # fmt: skip
-        return PagedBatch(self._tables[active].contiguous(), queries, keys), positions
+        batch = PagedBatch(self._tables[active].contiguous(), queries, keys, int(keys.max()))
+        return batch, positions
 
     def _end(self, seqlens: Sequence[int]) -> None:
         self.lengths = [have + more for have, more in zip(self.lengths, seqlens, strict=True)]

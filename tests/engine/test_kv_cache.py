@@ -101,5 +101,7 @@ def test_blocks_are_copied_in_all_layers_one_after_another():
 
 def test_slots_of_a_batch():
     """Two sequences: three tokens that end at 17, and one at 5."""
-    batch = PagedBatch(torch.tensor([[7, 3], [2, 9]]), torch.tensor([3, 1]), torch.tensor([18, 6]))
+    batch = PagedBatch(
+        torch.tensor([[7, 3], [2, 9]]), torch.tensor([3, 1]), torch.tensor([18, 6]), 18
+    )
     assert batch.find_slots(16).tolist() == [7 * 16 + 15, 3 * 16, 3 * 16 + 1, 2 * 16 + 5]

@@ -28,18 +28,20 @@ class Choice(NamedTuple):
     error: Exception | None = None
 
 
-def choose_tokens(turns: Items[Turn], output: PassOutput) -> Iterator[Choice]:
-    """A choice for each turn; of two turns none depends on the other."""
-    others: list[Turn] = []
-    for sequence, row in turns:
+def choose_tokens(turns: Items[Turn], output: PassOutput) -> list[Choice]:
+    """A choice for each turn, in any order; no turn depends on another."""
+    choices, others = [], []
+    for turn in turns:
+        sequence, row = turn
         if not output.is_finite[row]:
-            yield Choice(sequence, error=_describe_damage())
-        elif sequence.sampler.is_plain and sequence.params.is_greedy:
-            yield from _finish([Turn(sequence, row)], [output.best[row]], output)
+            choices.append(Choice(sequence, error=_describe_damage()))
+        elif sequence.params.is_greedy and sequence.sampler.is_plain:
+            choices.append(_conclude(turn, output.best[row], output))
         else:
-            others.append(Turn(sequence, row))
+            others.append(turn)
     if others:
-        yield from _sample(others, output)
+        choices += _sample(others, output)
+    return choices
 
 
 def _sample(turns: list[Turn], output: PassOutput) -> Iterator[Choice]:
@@ -53,25 +55,25 @@ def _sample(turns: list[Turn], output: PassOutput) -> Iterator[Choice]:
             kept.append(i)
         except Exception as error:  # of this request alone, whatever it is
             yield Choice(turn.sequence, error=error)
-    if kept:
-        turns = [turns[i] for i in kept]
-        samplers = [sequence.sampler for sequence, _ in turns]
-        yield from _finish(turns, sample_rows(logits[kept], samplers), output)
+    if not kept:
+        return
+    samplers = [turns[i].sequence.sampler for i in kept]
+    scores = logits if len(kept) == len(turns) else logits[kept]
+    for i, token_id in zip(kept, sample_rows(scores, samplers), strict=True):
+        yield _conclude(turns[i], token_id, output)
 
 
-def _finish(turns: Items[Turn], token_ids: Items[int], output: PassOutput) -> Iterator[Choice]:
-    """Tell the samplers what was chosen, and find its log-probability where that is wanted."""
-    for (sequence, row), token_id in zip(turns, token_ids, strict=True):
-        try:
-            sequence.sampler.accept(token_id)
-            logprob = None
-            if (num_top := sequence.params.logprobs) is not None:
-                logits = output.logits[row : row + 1]
-                [logprob] = compute_logprobs(logits, [token_id], num_top)
-        except Exception as error:  # of this request alone, whatever it is
-            yield Choice(sequence, error=error)
-        else:
-            yield Choice(sequence, token_id, logprob)
+def _conclude(turn: Turn, token_id: int, output: PassOutput) -> Choice:
+    """Tell the sampler what was chosen, and find its log-probability where that is wanted."""
+    sequence, row = turn
+    try:
+        sequence.sampler.accept(token_id)
+        if (num_top := sequence.params.logprobs) is None:
+            return Choice(sequence, token_id)
+        [logprob] = compute_logprobs(output.logits[row : row + 1], [token_id], num_top)
+        return Choice(sequence, token_id, logprob)
+    except Exception as error:  # of this request alone, whatever it is
+        return Choice(sequence, error=error)
 
 
 def _describe_damage() -> CheckpointError:

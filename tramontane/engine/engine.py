@@ -4,8 +4,6 @@ What goes wrong with one sequence ends that one, with its error; what goes wrong
 sequences of that pass. The others go on, and no block of the cache is lost.
 """
 
-import torch
-
 from tramontane.engine.block_manager import BlockManager
 from tramontane.engine.kv_cache import KVPool, count_block_bytes
 from tramontane.engine.limits import EngineLimits, EngineStats
@@ -117,7 +115,6 @@ class Engine:
             unborn[0].siblings = unborn[1:]
             self._scheduler.enqueue(unborn[0])
 
-    @torch.inference_mode()
     def step(self) -> list[Sequence]:
         """One forward pass; each sequence whose tokens have all run gets a new one.
 
@@ -130,7 +127,8 @@ class Engine:
         if not shares:
             return []
         try:
-            self._pool.copy_blocks(self._blocks.take_copies())
+            if copies := self._blocks.take_copies():
+                self._pool.copy_blocks(copies)
             given = self._runner.prepare(shares)
             output = self._runner.run(given)
         except Exception as error:  # whatever it is, those that were not in this pass go on

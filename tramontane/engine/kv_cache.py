@@ -4,6 +4,7 @@ Shapes: L layers, N blocks, G kv heads, P tokens per block, S head_dim, T new to
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -45,7 +46,8 @@ class KVPool:
         for source, target in pairs:
             self.buffer[:, :, target] = self.buffer[:, :, source]
 
-    def locate(self) -> CachePool:
+    @cached_property
+    def location(self) -> CachePool:
         """Where the extension finds it."""
         return CachePool.locate(self.buffer)
 
@@ -53,17 +55,19 @@ class KVPool:
 class PagedBatch(NamedTuple):
     """The sequences of a pass: block_tables (B, blocks), num_queries and num_keys (B,), all int64.
 
-    `num_keys` counts the new tokens too, which lie one sequence after another in the batch.
+    `num_keys` counts the new tokens too, which lie one sequence after another in the batch; none is
+    above `longest`.
     """
 
     block_tables: Tensor
     num_queries: Tensor
     num_keys: Tensor
+    longest: int
 
     def find_slots(self, block_size: int) -> Tensor:
         """Where in the pool each new token goes, block * block_size + offset, (T,) int64."""
         slots = []
-        for table, count, end in zip(*self, strict=True):
+        for table, count, end in zip(*self[:3], strict=True):
             positions = torch.arange(int(end - count), int(end), device=table.device)
             slots.append(table[positions // block_size] * block_size + positions % block_size)
         return torch.cat(slots)
@@ -80,7 +84,7 @@ class PagedLayer:
         """Keep k and v (T, G, S); return what q (T, H, S) reads, each sequence of its own."""
         kernels = get_kernels()
         kernels.store_paged(k, v, self._keys, self._values, self._slots)
-        return kernels.paged_attention(q, self._keys, self._values, *self._batch, window=window)
+        return kernels.paged_attention(q, self._keys, self._values, *self._batch[:3], window=window)
 
 
 def build_layer_states(pool: KVPool, batch: PagedBatch) -> list[PagedLayer]:

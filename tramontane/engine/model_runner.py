@@ -16,6 +16,8 @@ from tramontane.engine.native_model import build_native_model
 from tramontane.engine.scheduler import Share
 from tramontane.models.transformer import Transformer
 
+_POSITIONS = 256  # the longest of a batch is rounded up to, so that it rarely changes
+
 
 class PassInput(NamedTuple):
     """What runs: tokens (T,), `rows` (R,) the tokens whose scores are wanted, counts (T,) or None.
@@ -53,6 +55,7 @@ class ModelRunner:
         self._model, self._pool, self._vocab_size = model, pool, vocab_size
         self._native = build_native_model(model, num_choices=vocab_size)
         self._device = model.tok_embeddings.weight.device
+        self._steady: _SteadyBatch | None = None
 
     def list_seconds(self) -> dict[str, float]:
         """Seconds so far in each part of the model; empty unless it runs as one native call."""
@@ -63,8 +66,15 @@ class ModelRunner:
         if self._native is None or not self._native.is_current():
             self._native = build_native_model(self._model, num_choices=self._vocab_size)
 
-    def prepare(self, shares: Items[Share]) -> PassInput:
+    def prepare(self, shares: list[Share]) -> PassInput:
         """Lay out the tokens of these shares, and see which of them need scores."""
+        if self._steady is not None and (given := self._steady.follow(shares)) is not None:
+            return given
+        given = self._lay_out(shares)
+        self._steady = _SteadyBatch.start(shares, given)
+        return given
+
+    def _lay_out(self, shares: list[Share]) -> PassInput:
         tokens: list[int] = []
         rows: list[int] = []
         first_rows, num_rows = [], []
@@ -79,8 +89,12 @@ class ModelRunner:
             rows += range(len(tokens) - count, len(tokens))
         num_queries = [num_tokens for _, num_tokens in shares]
         num_keys = [sequence.num_computed_tokens + n for sequence, n in shares]
-        ids, scored, queries, keys = self._tensors(tokens, rows, num_queries, num_keys)
-        batch = PagedBatch(self._build_tables(shares), queries, keys)
+        tables = _pad([sequence.block_table for sequence, _ in shares])
+        ids, scored, queries, keys, blocks = self._tensors(
+            tokens, rows, num_queries, num_keys, [block for table in tables for block in table]
+        )
+        longest = -(-max(num_keys) // _POSITIONS) * _POSITIONS
+        batch = PagedBatch(blocks.view(len(tables), -1), queries, keys, longest)
         return PassInput(ids, batch, scored, self._count_experts(shares), first_rows, num_rows)
 
     def run(self, given: PassInput) -> PassOutput:
@@ -89,6 +103,11 @@ class ModelRunner:
             output = self._run_natively(given)
             if output is not None:
                 return output
+        return self._run_torch(given)
+
+    @torch.inference_mode()
+    def _run_torch(self, given: PassInput) -> PassOutput:
+        """Layer by layer: what the extension does not take."""
         batch = given.batch
         states = build_layer_states(self._pool, batch)
         spans = zip(batch.num_queries.tolist(), batch.num_keys.tolist(), strict=True)
@@ -116,23 +135,17 @@ class ModelRunner:
         )
         if found is None:
             return None
+        logits = found.logits
+        if logits.shape[1] != self._vocab_size:
+            logits = logits[:, : self._vocab_size]
         return PassOutput(
-            found.logits[:, : self._vocab_size],
+            logits,
             found.best.tolist(),
             found.is_finite.tolist(),
             found.hidden,
             found.experts,
             found.weights,
         )
-
-    def _build_tables(self, shares: Items[Share]) -> Tensor:
-        """The blocks of each sequence (B, longest); what follows those of a shorter one is 0."""
-        longest = max([len(sequence.block_table) for sequence, _ in shares])
-        tables = [
-            sequence.block_table + [0] * (longest - len(sequence.block_table))
-            for sequence, _ in shares
-        ]
-        return torch.from_numpy(np.array(tables, dtype=np.int64)).to(self._device)
 
     def _count_experts(self, shares: Items[Share]) -> Tensor | None:
         """Experts of each token, None if all run through the model's own number of them."""
@@ -151,3 +164,45 @@ class ModelRunner:
         numbers = [number for part in parts for number in part]
         whole = torch.from_numpy(np.array(numbers, dtype=np.int64)).to(self._device)
         return whole.split([len(part) for part in parts])
+
+
+class _SteadyBatch:
+    """A pass in which each sequence decodes one token, and what changes of it in the next.
+
+    Building its tensors anew takes as long as a part of a small model.
+    """
+
+    def __init__(self, shares: list[Share], given: PassInput) -> None:
+        self._given, self._sequences = given, [sequence for sequence, _ in shares]
+        self._tables = [list(sequence.block_table) for sequence in self._sequences]
+        self._longest = max([sequence.num_computed_tokens + 1 for sequence in self._sequences])
+        self._tokens, self._keys = given.tokens.numpy(), given.batch.num_keys.numpy()
+
+    @classmethod
+    def start(cls, shares: list[Share], given: PassInput) -> "_SteadyBatch | None":
+        """None if this is no such pass."""
+        is_steady = given.tokens.is_cpu and all(
+            num_tokens == 1 and sequence.num_pending_tokens == 1 for sequence, num_tokens in shares
+        )
+        return cls(shares, given) if is_steady and all(given.num_rows) else None
+
+    def follow(self, shares: list[Share]) -> PassInput | None:
+        """The next pass, in the tensors of the last one; None if the batch is another."""
+        sequences = [sequence for sequence, _ in shares]
+        if sequences != self._sequences or sum([n for _, n in shares]) != len(shares):
+            return None
+        if [sequence.block_table for sequence in sequences] != self._tables:
+            return None
+        self._longest += 1
+        if self._longest > self._given.batch.longest:
+            return None
+        self._tokens[:] = [sequence.token_ids[-1] for sequence in sequences]
+        self._keys += 1
+        assert self._keys[0] == sequences[0].num_computed_tokens + 1, (self._keys, sequences)
+        return self._given
+
+
+def _pad(tables: list[list[int]]) -> list[list[int]]:
+    """Rows of one length; what follows the blocks of a shorter one is not read."""
+    longest = max(map(len, tables))
+    return [table + [0] * (longest - len(table)) for table in tables]

@@ -81,11 +81,11 @@ class NativeModel:
         """
         if self._first.data_ptr() != self._state[0].address:
             return None
-        rope = self._find_rope(int(batch.num_keys.max()))
+        rope = self._find_rope(batch.longest)
         try:
             return self._decoder.run(
                 tokens,
-                pool.locate(),
+                pool.location,
                 batch.num_queries,
                 batch.num_keys,
                 batch.block_tables,

@@ -88,11 +88,13 @@ class OutputProcessor:
             if part.num_drafts:
                 guesses.append(part)
                 continue
-            siblings = part.sequence.take_siblings()
-            running = [s for s in siblings if self._scheduler.fork(part.sequence, s)]
             row = part.first_row + part.num_rows - 1
-            turns += [Turn(sequence, row) for sequence in (part.sequence, *running)]
-            touched += running
+            turns.append(Turn(part.sequence, row))
+            if part.sequence.siblings:
+                siblings = part.sequence.take_siblings()
+                running = [s for s in siblings if self._scheduler.fork(part.sequence, s)]
+                turns += [Turn(sequence, row) for sequence in running]
+                touched += running
         for choice in choose_tokens(turns, output):
             self._append(choice)
         for part in guesses:
