@@ -1,7 +1,9 @@
 """Errors have one shape, and say which field is at fault."""
 
 import asyncio
+import socket
 
+import httpx2
 import pytest
 from pydantic import ValidationError
 
@@ -168,10 +170,25 @@ def test_parts_that_are_no_text_are_refused(server, part):
     require_error(response, 400, param="messages.0.content.1", code="unsupported_content")
 
 
+def test_addresses_in_a_request_are_not_opened(server):
+    """A15: a socket that would notice."""
+    with socket.create_server(("127.0.0.1", 0)) as canary:
+        url = f"http://127.0.0.1:{canary.getsockname()[1]}/x"
+        part = {"type": "image_url", "image_url": {"url": url}}
+        assert server.chat(messages=[{"role": "user", "content": [part]}]).status_code == 400
+        outputs = {"json": {"$ref": url}}
+        for fields in ({"user": url}, {"structured_outputs": outputs}, {"metadata": {"a": url}}):
+            assert server.chat(url, **fields).status_code == 200
+        canary.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            canary.accept()
+
+
 def test_unknown_fields_are_named_in_a_header(server, caplog):
-    response = server.chat(**{"frobnicate": 1, "r\u00e9gime": 2, "a,b": 3})
+    response = server.chat(**{"frobnicate": 1, "r\u00e9gime": 2, "a,b": 3, " ": 4, "": 5, "\n": 6})
     assert response.status_code == 200
-    assert response.headers["x-tramontane-ignored-fields"] == "frobnicate, r\\xe9gime, a b"
+    names = 'frobnicate, r%C3%A9gime, a%2Cb, %20, "", %0A'
+    assert response.headers["x-tramontane-ignored-fields"] == names
     server.chat(frobnicate=1)
     assert sum("frobnicate" in record.getMessage() for record in caplog.records) == 1
     assert "x-tramontane-ignored-fields" not in server.chat(user="x", metadata={}).headers
@@ -333,7 +350,6 @@ def test_loading_is_said(monkeypatch):
 
 def test_many_requests_with_one_id(server):
     """A14: the id is a label; inside each request has its own."""
-    import httpx2
 
     async def ask():
         async with httpx2.AsyncClient(base_url=server.url, timeout=30) as client:

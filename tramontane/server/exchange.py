@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 from starlette.requests import Request as HttpRequest
 
@@ -161,12 +162,12 @@ def find_tenant(http: HttpRequest, salt: str | None) -> str:
 
 
 def note_unknown(state: ServerState, fields: ApiRequest) -> dict[str, str]:
-    """Log the fields that nobody knows, and name them in a header."""
+    """Log the fields that nobody knows, and name them in a header, percent-encoded."""
     names = fields.list_unknown()
     if not names:
         return {}
     state.log_unknown(names)
-    shown = [ascii(name[:100])[1:-1].replace(",", " ") for name in names[:_MAX_NAMES]]
+    shown = [quote(name[:100], safe="", errors="replace") or '""' for name in names[:_MAX_NAMES]]
     return {IGNORED_HEADER: ", ".join(shown)}
 
 

@@ -20,7 +20,7 @@ _log = logging.getLogger("tramontane.server")
 _HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 _COMMENT = b": still working\n\n"
 # What the OpenAPI document says of an answer that may be a stream.
-STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
 _DONE = b"data: [DONE]\n\n"
 
 
