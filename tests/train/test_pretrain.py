@@ -103,6 +103,20 @@ def test_resume_refuses_changed_settings(settings: dict[str, Any]) -> None:
         pretrain(changed, Recorder(), resume=True)
 
 
+def test_a_setting_that_the_run_does_not_know_yet_has_its_default(settings: dict[str, Any]) -> None:
+    """T31: a run that an earlier version began goes on."""
+    pretrain(load_pretrain_config(None, settings), Recorder())
+    path = Path(settings["out"]) / "config.json"
+    saved = json.loads(path.read_text())
+    del saved["tokens_dir"], saved["loop"]["keep_best"]
+    path.write_text(json.dumps(saved))
+    pretrain(load_pretrain_config(None, settings), Recorder(), resume=True)
+    path.write_text(json.dumps(saved))
+    settings["loop"]["keep_best"] = False
+    with pytest.raises(ConfigError, match=r"loop\.keep_best: True -> False"):
+        pretrain(load_pretrain_config(None, settings), Recorder(), resume=True)
+
+
 def test_changed_text_is_refused_even_with_override(settings: dict[str, Any]) -> None:
     """T31: the order of documents cannot be continued."""
     pretrain(load_pretrain_config(None, settings), Recorder())
