@@ -9,6 +9,8 @@ from tramontane.kernels.fused.attention import QUERY_BLOCK
 from tramontane.kernels.fused.cross_entropy import HEAD_BLOCK
 
 _PADDING = 1.06  # rows of experts are padded by up to an eighth
+_RUNTIME = 2**27  # by which torch and its libraries grow once they work, as measured
+_MARGIN = 1.1  # the estimate was good to a tenth where it was measured
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class TrainingMemory:
     optimizer: int  # fp32 weights and moments
     gradients: int
     activations: int
+    runtime: int = _RUNTIME
 
     @property
     def fixed(self) -> int:
@@ -28,7 +31,7 @@ class TrainingMemory:
     @property
     def total(self) -> int:
         """All parts together."""
-        return self.fixed + self.activations
+        return self.fixed + self.activations + self.runtime
 
 
 def estimate_training_memory(
@@ -39,7 +42,7 @@ def estimate_training_memory(
     bytes_per_value: int,
     optimizer: Literal["adamw", "muon"],
 ) -> TrainingMemory:
-    """Memory of training with batches of `rows` of `seq_len` tokens, beside Python and torch.
+    """Memory by which a process grows that trains with batches of `rows` of `seq_len` tokens.
 
     `bytes_per_value` is that of the computation, 2 for bf16.
     """
@@ -72,7 +75,7 @@ def require_memory(need: TrainingMemory, free: int | None) -> str:
             f"{text}: weights, optimizer and gradients alone do not fit; train a smaller model, "
             "or use a larger machine"
         )
-    if need.total > free:
+    if need.total * _MARGIN > free:
         text += (
             ": the run may be killed; lower batch_size or seq_len (and raise accumulation), or go "
             "on with --resume if it is"
