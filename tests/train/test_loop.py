@@ -66,11 +66,12 @@ def make_trainer(
     out: Path, *, steps: int = 6, rows: int = 1, kind: Literal["adamw", "muon"] = "adamw",
     **changes: Any,
 ) -> Trainer[Any]:  # fmt: skip
-    model = make_model(make_config(moe=changes.pop("moe", MoeConfig())), seed=3)
+    made = make_model(make_config(moe=changes.pop("moe", MoeConfig())), seed=3)
+    model, lr = changes.pop("model", made), changes.pop("lr", 1e-3)
     loop = {"num_steps": steps, "save_every": 2, "log_every": 1} | changes.pop("loop", {})
     return Trainer(
         model=model,
-        optimizer=MasterOptimizer(model, OptimizerConfig(kind=kind, lr=1e-3, warmup_steps=2)),
+        optimizer=MasterOptimizer(model, OptimizerConfig(kind=kind, lr=lr, warmup_steps=2)),
         source=CountingSource(rows=rows),
         compute_loss=compute_next_token_loss,
         config=LoopConfig(**loop),
