@@ -95,6 +95,8 @@ def test_the_best_model_is_written_beside_the_last(
     best = folder.with_name("best")
     stages = json.loads((best / "training.json").read_text())["stages"]
     assert (stages[0]["steps"], stages[0]["tokens"]) == (4, 4 * 128)
+    assert pretrain(load_pretrain_config(None, settings), Recorder(), resume=True) is not None
+    assert best.exists()  # written again, as nothing else is better
     settings["out"] = str(Path(settings["out"]).with_name("short"))
     settings["loop"]["num_steps"] = 4
     short = pretrain(load_pretrain_config(None, settings), Recorder())

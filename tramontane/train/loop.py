@@ -125,11 +125,12 @@ class Trainer(Generic[BatchT]):
 
     def resume(self) -> None:
         """Go back to the newest checkpoint of the folder."""
-        progress = self.folder.load(self.optimizer)
-        self.step, self.num_units_seen = progress["step"], progress["num_units_seen"]
-        self.source.load_state(progress["source"])
-        self.saved_step = self.step
+        self._go_to(self.folder.load(self.optimizer))
         self.observer.on_note(f"resumed after step {self.step} of {self.config.num_steps}")
+
+    def go_to_best(self) -> None:
+        """Go back to the best checkpoint of the folder, which is there, to export it."""
+        self._go_to(self.folder.load_best(self.optimizer))
 
     def run(self) -> bool:
         """Train to the last step, or until asked to stop (Ctrl-C or SIGTERM); save; True if done.
@@ -157,6 +158,12 @@ class Trainer(Generic[BatchT]):
             "source": self.source.state(),
         }
         self.folder.save(self.optimizer, progress, keep=self.config.keep_checkpoints)
+        self.saved_step = self.step
+
+    def _go_to(self, progress: dict[str, Any]) -> None:
+        """All that a checkpoint restores beside the optimizer and its model's parameters."""
+        self.step, self.num_units_seen = progress["step"], progress["num_units_seen"]
+        self.source.load_state(progress["source"])
         self.saved_step = self.step
 
     def _save_once(self) -> None:

@@ -87,13 +87,13 @@ def pretrain(
         if not trainer.run():
             observer.on_note(f"stopped after step {trainer.step}; go on with --resume")
             return None
-        finished = _describe_stage(config, trainer)
-        out = _export(trainer, tokenizer, folder.path / "model", stages=[*stages, finished])
+        out = _export(config, trainer, tokenizer, folder.path / "model", stages=stages)
+        if (folder.path / "best").exists():
+            shutil.rmtree(folder.path / "best")  # of the run before it was made longer
         if (best := folder.find_best()) is not None and best.step != trainer.step:
             observer.on_note(f"step {best.step} had the best score: {best.score:.4f} bits per byte")
-            progress = folder.load_best(trainer.optimizer)
-            until_then = finished | {"steps": best.step, "tokens": progress["num_units_seen"]}
-            _export(trainer, tokenizer, folder.path / "best", stages=[*stages, until_then])
+            trainer.go_to_best()
+            _export(config, trainer, tokenizer, folder.path / "best", stages=stages)
         return out
 
 
@@ -205,8 +205,15 @@ def _score(
 
 
 def _export(
-    trainer: Trainer[PackedBatch], tokenizer: Tokenizer, folder: Path, *, stages: list[Any]
+    config: PretrainConfig,
+    trainer: Trainer[PackedBatch],
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    stages: list[Any],
 ) -> Path:
+    """Write the model as it is now; `stages` are those before this run."""
+    stages = [*stages, _describe_stage(config, trainer)]
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     save_model(
         trainer.model,
