@@ -67,14 +67,19 @@ class Bakeoff:
         }
 
     def run(self, names: list[str]) -> list[dict[str, Any]]:
-        """The results of the arms of these names and of what they rest on."""
+        """The results of the arms of these names and of what they rest on.
+
+        All arms run with one seed before the next seed, so that a slow hour hits all of them.
+        """
         self._prepare_tokenizer()
         arms = self._list_needed(names)
-        results = [self._run_once(arm, seed, "tokens") for arm in arms for seed in self.seeds]
-        for arm in arms:
-            if not arm.hidden:
-                steps = self._count_steps(arm)
-                results += [self._run_once(arm, seed, "time", steps) for seed in self.seeds]
+        results = [self._run_once(arm, seed, "tokens") for seed in self.seeds for arm in arms]
+        steps = {arm.name: self._count_steps(arm) for arm in arms if not arm.hidden}
+        results += [
+            self._run_once(self.arms[name], seed, "time", count)
+            for seed in self.seeds
+            for name, count in steps.items()
+        ]
         with atomic_file(self.runs / "results.json") as path:
             path.write_text(json.dumps(results, indent=1) + "\n")
         return results

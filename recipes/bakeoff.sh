@@ -2,10 +2,10 @@
 # Trains every arm of recipes/bakeoff.toml with the same tokens, then with the same time, three seeds
 # each; scores them, and prints the table of docs/routing-bakeoff.md.
 #
-#   recipes/bakeoff.sh             about three hours on two cores; run it again to go on after an
-#                                  interruption: what is finished is not run again
+#   recipes/bakeoff.sh             hours on two cores; run it again to go on after an interruption:
+#                                  what is finished is not run again
 #   recipes/bakeoff.sh --write     the same, and writes the table into docs/routing-bakeoff.md
-#   recipes/bakeoff.sh --smoke     all arms at toy size on made-up text, in under a minute
+#   recipes/bakeoff.sh --smoke     all arms at toy size on made-up text, in about a minute
 #   recipes/bakeoff.sh --arms mixtral switch
 #
 # DATA=../shared/data/pretrain   RUNS=runs/bakeoff   BIN=.venv/bin
