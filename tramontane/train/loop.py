@@ -6,17 +6,20 @@ pre-training, instruction tuning and preference tuning are the same loop.
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from statistics import fmean
+from typing import Any, Generic, Literal, NoReturn, Protocol, TypeVar
 
 import torch
 
 from tramontane.config import require_positive
-from tramontane.errors import TrainingError
+from tramontane.errors import ConfigError, TrainingError
 from tramontane.models.transformer import Transformer
-from tramontane.train.checkpoint import RunFolder
+from tramontane.train.accumulation import StepTotals
+from tramontane.train.checkpoint import Best, RunFolder
+from tramontane.train.diagnosis import find_bad_tensor
 from tramontane.train.losses import LossTerms, compute_load_balancing_loss, compute_router_z_loss
 from tramontane.train.optim import MasterOptimizer, compute_lr
 from tramontane.train.router_health import RouterHealth
@@ -43,10 +46,17 @@ class BatchSource(Protocol[BatchT_co]):
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How long, and how often what. Intervals are in steps; 0 means never."""
+    """How long, and how often what. Intervals are in steps; 0 means never.
+
+    `balance_over` says what the load-balancing loss is a mean of where a step has several batches:
+    with `step` their gradients are those of one large batch, at the price of a second forward pass;
+    with `batch` each balances for itself. `keep_best` keeps the checkpoint with the lowest mean of
+    the held-out scores beside the last `keep_checkpoints`.
+    """
 
     num_steps: int = 1000
     accumulation: int = 1  # batches per step
+    balance_over: Literal["step", "batch"] = "step"
     load_balancing_coef: float = 0.01
     router_z_coef: float = 0.001
     log_every: int = 10
@@ -54,14 +64,20 @@ class LoopConfig:
     sample_every: int = 500
     save_every: int = 500
     keep_checkpoints: int = 2
+    keep_best: bool = True
 
     def __post_init__(self) -> None:
         require_positive(self, "num_steps", "accumulation", "keep_checkpoints")
+        if self.balance_over not in ("step", "batch"):
+            raise ConfigError(f"balance_over is {self.balance_over!r}; choose step or batch")
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did. Losses are means over the step; `seconds` is its wall time."""
+    """What one step did. Losses are means over the step; `seconds` is its wall time.
+
+    `mfu` is the share of the peak that the model's own operations took; None if no peak is known.
+    """
 
     step: int
     loss: float
@@ -71,6 +87,7 @@ class StepReport:
     lr: float
     num_units: int
     seconds: float
+    mfu: float | None = None
 
 
 class Observer(Protocol):
@@ -87,7 +104,10 @@ class Observer(Protocol):
 
 @dataclass
 class Trainer(Generic[BatchT]):
-    """One run. `evaluate` and `sample` are called with the model at their intervals."""
+    """One run. `evaluate` and `sample` are called with the model at their intervals.
+
+    `seconds_per_unit` is what a unit would take at the peak of the machine, for the reports' `mfu`.
+    """
 
     model: Transformer
     optimizer: MasterOptimizer
@@ -98,15 +118,19 @@ class Trainer(Generic[BatchT]):
     observer: Observer
     evaluate: Callable[[Transformer], dict[str, float]] | None = None
     sample: Callable[[Transformer], str] | None = None
+    seconds_per_unit: float | None = None
     step: int = 0
     num_units_seen: int = 0
+    saved_step: int | None = None  # of the newest checkpoint
 
     def resume(self) -> None:
         """Go back to the newest checkpoint of the folder."""
-        progress = self.folder.load(self.optimizer)
-        self.step, self.num_units_seen = progress["step"], progress["num_units_seen"]
-        self.source.load_state(progress["source"])
+        self._go_to(self.folder.load(self.optimizer))
         self.observer.on_note(f"resumed after step {self.step} of {self.config.num_steps}")
+
+    def go_to_best(self) -> None:
+        """Go back to the best checkpoint of the folder, which is there, to export it."""
+        self._go_to(self.folder.load_best(self.optimizer))
 
     def run(self) -> bool:
         """Train to the last step, or until asked to stop (Ctrl-C or SIGTERM); save; True if done.
@@ -115,7 +139,7 @@ class Trainer(Generic[BatchT]):
         nothing is saved after it.
         """
         health = RouterHealth()
-        with _stop_on_signal() as stop:
+        with _stop_on_signal(self.observer.on_note) as stop:
             while self.step < self.config.num_steps and not stop.is_set:
                 report = self._run_step(health)
                 self.observer.on_step(report, self.config.num_steps)
@@ -123,8 +147,7 @@ class Trainer(Generic[BatchT]):
                     self._log(report, health)
                     health = RouterHealth()
                 self._run_periodic()
-            if not self._is_due(self.config.save_every):
-                self.save()
+            self._save_once()
         return self.step >= self.config.num_steps
 
     def save(self) -> None:
@@ -135,15 +158,29 @@ class Trainer(Generic[BatchT]):
             "source": self.source.state(),
         }
         self.folder.save(self.optimizer, progress, keep=self.config.keep_checkpoints)
+        self.saved_step = self.step
+
+    def _go_to(self, progress: dict[str, Any]) -> None:
+        """All that a checkpoint restores beside the optimizer and its model's parameters."""
+        self.step, self.num_units_seen = progress["step"], progress["num_units_seen"]
+        self.source.load_state(progress["source"])
+        self.saved_step = self.step
+
+    def _save_once(self) -> None:
+        if self.saved_step != self.step:
+            self.save()
 
     def _run_step(self, health: RouterHealth) -> StepReport:
         started = time.perf_counter()
         sums = {"loss": 0.0, "load_balancing_loss": 0.0, "router_z_loss": 0.0}
         num_units = 0
-        for _ in range(self.config.accumulation):
-            terms = self.compute_loss(self.model, self.source.next_batch())
+        batches = [self.source.next_batch() for _ in range(self.config.accumulation)]
+        totals = self._count(batches)
+        for batch in batches:
+            terms = self.compute_loss(self.model, batch)
             num_units += terms.num_units
-            for name, value in self._backward(terms).items():
+            values = self._backward(terms, totals or StepTotals.add_up([terms]), batch)
+            for name, value in values.items():
                 sums[name] += value
             health.add(terms.routing)
         grad_norm = self.optimizer.average(max(1, num_units), step=self.step + 1)
@@ -153,31 +190,51 @@ class Trainer(Generic[BatchT]):
         self.num_units_seen += num_units
         means = {name: value / max(1, num_units) for name, value in sums.items()}
         seconds = time.perf_counter() - started
+        at_peak = self.seconds_per_unit
         return StepReport(
             step=self.step,
             grad_norm=grad_norm,
             lr=lr,
             num_units=num_units,
             seconds=seconds,
+            mfu=None if at_peak is None else num_units * at_peak / seconds,
             **means,
         )
 
-    def _backward(self, terms: LossTerms) -> dict[str, float]:
-        """Gradients of objective + num_units * router terms: batches weigh by their units."""
-        balancing = compute_load_balancing_loss(terms.routing) * terms.num_units
-        router_z = compute_router_z_loss(terms.routing) * terms.num_units
+    def _count(self, batches: Sequence[BatchT]) -> StepTotals | None:
+        """What the router's losses have to know of the whole step, if that is more than a batch."""
+        has_router_terms = self.config.load_balancing_coef or self.config.router_z_coef
+        if len(batches) == 1 or self.config.balance_over == "batch" or not has_router_terms:
+            return None
+        if self.model.config.moe is None:
+            return None
+        return StepTotals.add_up(self.compute_loss(self.model, batch) for batch in batches)
+
+    def _backward(self, terms: LossTerms, totals: StepTotals, batch: BatchT) -> dict[str, float]:
+        """Gradients of the objective and the router terms, both as sums over the step's units."""
+        weight = totals.weigh(terms)
+        balancing = compute_load_balancing_loss(terms.routing, loads=totals.loads) * weight
+        router_z = compute_router_z_loss(terms.routing) * weight
         total = terms.objective + self.config.load_balancing_coef * balancing
         total = total + self.config.router_z_coef * router_z
+        values = (terms.objective.item(), balancing.item(), router_z.item())
+        named = dict(zip(("loss", "load_balancing_loss", "router_z_loss"), values, strict=True))
         if not torch.isfinite(total):
-            self.optimizer.clear()
-            raise TrainingError(
-                f"step {self.step + 1}: the loss is {total.item()}; the step was not applied. "
-                "Lower the learning rate, or look at the data of this step"
-            )
+            self._refuse(named, batch)
         total.backward()
         self.optimizer.accumulate()
-        values = (terms.objective.item(), balancing.item(), router_z.item())
-        return dict(zip(("loss", "load_balancing_loss", "router_z_loss"), values, strict=True))
+        return named
+
+    def _refuse(self, values: dict[str, float], batch: BatchT) -> NoReturn:
+        """Stop before a step whose loss is not finite; the sums in `values` say which."""
+        self.optimizer.clear()
+        bad = find_bad_tensor(self.model, lambda: self.compute_loss(self.model, batch))
+        sums = ", ".join(f"{name} {value:g}" for name, value in values.items())
+        raise TrainingError(
+            f"step {self.step + 1}: the loss is not finite (sums over the batch: {sums}); the "
+            f"first tensor that is not finite is {bad or 'the loss itself'}. The step was not "
+            "applied. Lower the learning rate, or look at the data of this step"
+        )
 
     def _run_periodic(self) -> None:
         if self._is_due(self.config.save_every):  # first: what follows may fail
@@ -187,11 +244,21 @@ class Trainer(Generic[BatchT]):
             scores = self.evaluate(self.model)
             self.folder.log({"step": self.step, "held_out_bits_per_byte": scores})
             shown = "  ".join(f"{domain} {bits:.3f}" for domain, bits in scores.items())
-            self.observer.on_note(f"step {self.step} held-out bits per byte: {shown}")
+            best = "  (best so far)" if self._keep_if_best(fmean(scores.values())) else ""
+            self.observer.on_note(f"step {self.step} held-out bits per byte: {shown}{best}")
         if self.sample and self._is_due(self.config.sample_every):
             text = self.sample(self.model)
             self.folder.log({"step": self.step, "sample": text})
             self.observer.on_note(f"step {self.step} sample: {text}")
+
+    def _keep_if_best(self, score: float) -> bool:
+        """Whether `score` is the lowest so far; its checkpoint then outlives the newer ones."""
+        best = self.folder.find_best()
+        if not self.config.keep_best or (best is not None and best.score <= score):
+            return False
+        self._save_once()
+        self.folder.mark_best(Best(self.step, score))
+        return True
 
     def _is_due(self, interval: int) -> bool:
         return interval > 0 and self.step % interval == 0
@@ -214,7 +281,7 @@ class _StopRequest:
 
 
 @contextmanager
-def _stop_on_signal() -> Iterator[_StopRequest]:
+def _stop_on_signal(say: Callable[[str], None]) -> Iterator[_StopRequest]:
     """The first Ctrl-C or SIGTERM asks the loop to finish its step and save; a second one kills."""
     request = _StopRequest()
 
@@ -222,6 +289,7 @@ def _stop_on_signal() -> Iterator[_StopRequest]:
         if request.is_set:
             raise KeyboardInterrupt
         request.is_set = True
+        say("finishing this step, then saving; once more to stop at once")
 
     previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -50,22 +50,30 @@ def _sum_cross_entropy(model: Transformer, hidden: Tensor, targets: Tensor) -> T
     return torch.stack(losses).sum()
 
 
-def compute_load_balancing_loss(routing: Sequence[Routing]) -> Tensor:
+def compute_load_balancing_loss(
+    routing: Sequence[Routing], *, loads: Sequence[Tensor] | None = None
+) -> Tensor:
     """Mean over layers of E * sum_e f_e P_e; zero for a dense model.
 
     f_e is the number of slots that expert e takes per token, P_e its mean softmax probability. Each
     layer counts by itself: pooled over layers, as transformers does, the imbalance of one layer can
     hide that of another. The scale is that of transformers: balanced routing gives K, not 1.
+    `loads` are the f (E,) of each layer over more tokens than these, of which these are a part.
     """
-    terms = [_balance_layer(layer) for layer in routing]
+    if loads is None:
+        loads = [compute_load(layer) for layer in routing]
+    terms = [_balance_layer(*pair) for pair in zip(routing, loads, strict=True)]
     return torch.stack(terms).mean() if terms else torch.zeros(())
 
 
-def _balance_layer(routing: Routing) -> Tensor:
-    num_tokens, num_experts = routing.logits.shape
-    slots = count_tokens_per_expert(routing) / max(1, num_tokens)  # (E,), sums to K
+def compute_load(routing: Routing) -> Tensor:
+    """Slots that each expert takes per token, (E,); the sum is K."""
+    return count_tokens_per_expert(routing) / max(1, len(routing.logits))
+
+
+def _balance_layer(routing: Routing, load: Tensor) -> Tensor:
     probability = torch.softmax(routing.logits, dim=-1).mean(0)  # (E,)
-    return num_experts * (slots * probability).sum()
+    return len(load) * (load * probability).sum()
 
 
 def compute_router_z_loss(routing: Sequence[Routing]) -> Tensor:
