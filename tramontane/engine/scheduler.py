@@ -122,10 +122,10 @@ class Scheduler:
             error = EngineError(
                 f"the engine failed while it ran this request ({name}; see its log)"
             )
-            error.__cause__ = cause
+            error.__cause__ = cause.with_traceback(None)  # its frames hold the engine and more
         failed = [sequence, *sequence.take_siblings()]
         for one in failed:
-            one.finish("error", error)
+            one.finish("error", error.with_traceback(None))
         return failed
 
     def fork(self, sequence: Sequence, child: Sequence) -> bool:
