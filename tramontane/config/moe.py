@@ -206,6 +206,8 @@ class MoeConfig:
 
     def _check_counts(self) -> None:
         fewest, source = self.num_experts, "moe.num_experts"
+        if not isinstance(self.layer_experts, tuple):
+            raise ConfigError(f"moe.layer_experts is {self.layer_experts!r}; list one per layer")
         if self.layer_experts:
             if any(type(count) is not int or count < 1 for count in self.layer_experts):
                 raise ConfigError(f"moe.layer_experts are {self.layer_experts}; they count experts")

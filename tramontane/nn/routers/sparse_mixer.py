@@ -25,7 +25,7 @@ def mask_far_experts(scores: Tensor, left: Tensor, eps: float) -> Tensor:
     return left.masked_fill(is_far, float("-inf"))
 
 
-def scale_value(weight: Tensor, scale: Tensor | float, *, gain: float) -> Tensor:
+def scale_value(weight: Tensor, scale: Tensor, *, gain: float) -> Tensor:
     """`scale` times the weight, but `gain` times its gradient."""
     return gain * weight + ((scale - gain) * weight).detach()
 
@@ -78,7 +78,7 @@ class SparseMixerRouter(Router):
 
     def weigh(self, gate: Tensor, is_whole: Tensor) -> Tensor:
         """The weight of a drawn expert, and its gradient, from its probability."""
-        scale = torch.where(is_whole, 1.0, self.rest).to(gate.dtype)
+        scale = torch.full_like(gate, self.rest).masked_fill(is_whole, 1.0)
         return scale_value(gate, scale, gain=self.gain)
 
 
