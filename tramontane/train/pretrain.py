@@ -22,6 +22,7 @@ from tramontane.data.sampling import sample_documents
 from tramontane.data.token_files import TokenFile, prepare_token_files
 from tramontane.errors import CheckpointError, ConfigError
 from tramontane.models.transformer import Transformer, build_model
+from tramontane.nn.draws import seed_draws
 from tramontane.tokenizer.loading import load_tokenizer
 from tramontane.tokenizer.tokenizer import Tokenizer
 from tramontane.tokenizer.trainer import train_tokenizer
@@ -118,6 +119,7 @@ def _build_trainer(
     else:
         model = build_model(config.model)
         initialize_weights(model, seed=config.seed)
+    seed_draws(model, config.seed)
     model.to(device)
     optimizer = MasterOptimizer(model, config.optimizer)
     model.to(dtype)
