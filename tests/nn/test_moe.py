@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from tests.tiny import make_config, make_model, make_tokens, randomize_
-from tramontane.config import MoeConfig, ModelConfig
+from tramontane.config import ModelConfig, MoeConfig
 from tramontane.config.moe import ROUTERS
 from tramontane.errors import ConfigError
 from tramontane.nn.draws import seed_draws

@@ -13,7 +13,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 )
 
 from tests.tiny import make_config
-from tramontane.config import MoeConfig, ModelConfig
+from tramontane.config import ModelConfig, MoeConfig
 from tramontane.config.moe import ROUTERS
 from tramontane.errors import ConfigError
 from tramontane.kernels.reference import top_k_routing
@@ -75,7 +75,9 @@ def test_outside_of_training_nothing_is_drawn(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in NAMES if make_router(n).is_random])
 def test_draws_go_on_where_they_were(name: str) -> None:
     """T01: after a resumption a router draws what it would have drawn."""
-    model = torch.nn.ModuleDict({"gate": make_router(name, scale=2.0 if name == "st_moe" else 0.1)}).train()
+    model = torch.nn.ModuleDict(
+        {"gate": make_router(name, scale=2.0 if name == "st_moe" else 0.1)}
+    ).train()
     gate, x = model["gate"], draw_hidden(200)
     seed_draws(model, 3)
     gate(x)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PhimoeConfig
 from transformers.models.phimoe.modeling_phimoe import PhimoeMultiplier, PhimoeTopKRouter
@@ -102,7 +101,8 @@ def compute_exact(logits: Tensor, outputs: Tensor, loss: Loss, *, with_weight: b
 
 def measure_bias(version: int, *, num_problems: int = 30) -> tuple[float, float, float]:
     """Mean squared distance from the exact gradient: of the estimate, of the plain gradient of a
-    drawn expert's weight, and of that of the likeliest expert, which Switch uses."""
+    drawn expert's weight, and of that of the likeliest expert, which Switch uses.
+    """
     router = make_router(version)
     sums = torch.zeros(3, dtype=torch.float64)
     for seed in range(num_problems):

@@ -205,7 +205,9 @@ def test_the_page_shows_each_layer_and_fetches_nothing(tmp_path: Path) -> None:
     assert f"step 20: {alarm}" in "".join(reader.texts)
     # Two layers of 8 experts and 25 steps, all cells black but for the experts in use.
     assert reader.tags.count("rect") == 2 * 8 * 25
-    used = sum(load > 0 for r in read_log(trainer) for loads in r["router"]["load"] for load in loads)
+    used = sum(
+        load > 0 for r in read_log(trainer) for loads in r["router"]["load"] for load in loads
+    )
     assert page.count('fill="#000"') == 2 * 8 * 25 - used
 
 

@@ -95,13 +95,19 @@ class ModelConfig:
             count += per_expert * times
         return count
 
+    def for_layer(self, layer: int) -> "ModelConfig":
+        """As if all layers had as many experts as this one."""
+        if self.moe is None or not self.moe.layer_experts:
+            return self
+        return replace(self, moe=self.moe.for_layer(layer))
+
     def count_kv_bytes_per_token(self, *, bytes_per_value: int = 2) -> int:
         """Bytes that the keys and values of one token occupy over all layers."""
         return 2 * self.n_layers * self.n_kv_heads * self.head_dim * bytes_per_value
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain values; `from_dict` reads it back."""
-        return asdict(self)
+        return asdict(self) | {"moe": None if self.moe is None else self.moe.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
@@ -179,7 +185,7 @@ class ModelConfig:
             **token_ids,
         }
         if self.moe is not None and not self.moe.is_mixtral:
-            values["moe"] = asdict(self.moe)
+            values["moe"] = self.moe.to_dict()
         elif self.moe is not None:
             values["num_local_experts"] = self.moe.num_experts
             values["num_experts_per_tok"] = self.moe.num_experts_per_tok

@@ -5,7 +5,7 @@ explained, with sources, in docs/training.md.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 from tramontane.config.fields import build_config, require_positive, require_within
@@ -240,6 +240,12 @@ class MoeConfig:
         """Whether it is what Mixtral has, and so what others read and run."""
         return self.router == "top_k" and not self.residual and not self.layer_experts
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON has them, without what is as in a Mixtral."""
+        values = asdict(self) | {"layer_experts": list(self.layer_experts)}
+        plain = {"router": "top_k", "router_options": {}, "residual": False, "layer_experts": []}
+        return {key: value for key, value in values.items() if plain.get(key) != value}
+
     def require_causal(self) -> None:
         """Raise ConfigError, saying why, if the router cannot be that of a causal model."""
         if self.options.why_not_causal:
@@ -273,7 +279,7 @@ def require_bool(config: Any, name: str) -> None:
 
 
 def build_moe_config(values: Any) -> MoeConfig:
-    """From plain values, as `asdict` gives them; what is unknown, missing or odd is a ConfigError.
+    """From plain values, as `to_dict` gives them; what is unknown, missing or odd is a ConfigError.
 
     A file may leave out what is as in a Mixtral.
     """

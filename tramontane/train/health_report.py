@@ -112,6 +112,10 @@ def _draw_measures(routed: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     steps = [column[-1]["step"] for column in columns]
     for name, title in _MEASURES.items():
         rows = [_average([record["router"][name] for record in column]) for column in columns]
+        found = {value for row in rows for value in row}
+        if len(found) == 1:
+            yield f"<p>{escape(title)}: {found.pop():g} in all layers, all the time.</p>"
+            continue
         lines = {f"layer {i}": list(values) for i, values in enumerate(zip(*rows, strict=True))}
         yield draw_lines(title, steps, lines)
 

@@ -27,7 +27,7 @@ def draw_lines(title: str, steps: Sequence[int], lines: Mapping[str, Sequence[fl
         y = _HEIGHT - _BOTTOM - (value - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
         return round(x, 1), round(y, 1)
 
-    parts = [f'<text x="0" y="14" font-weight="600">{escape(title)}</text>']
+    parts = [f'<text x="0" y="14" style="font-weight:600">{escape(title)}</text>']
     for value in (low, (low + high) / 2, high):
         (x, y), (end, _) = place(steps[0], value), place(steps[-1], value)
         parts.append(

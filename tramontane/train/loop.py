@@ -76,9 +76,7 @@ class LoopConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        require_positive(
-            self, "num_steps", "accumulation", "keep_checkpoints", "dead_expert_steps"
-        )
+        require_positive(self, "num_steps", "accumulation", "keep_checkpoints", "dead_expert_steps")
         if self.load_balancing not in CONVENTIONS:
             raise ConfigError(
                 f"load_balancing is {self.load_balancing!r}; choose {' or '.join(CONVENTIONS)}"

@@ -75,7 +75,9 @@ def _count(routing: Routing, mask: Tensor | None) -> Tensor:
     is_dropped = (list_choices(routing) >= 0) & (routing.experts < 0)
     kept = slice(None) if mask is None else mask.to(is_dropped.device)
     is_dropped = is_dropped[kept]
-    ends = torch.stack([is_dropped.sum(), is_dropped.new_tensor(len(is_dropped), dtype=torch.int64)])
+    ends = torch.stack(
+        [is_dropped.sum(), is_dropped.new_tensor(len(is_dropped), dtype=torch.int64)]
+    )
     return torch.cat([count_tokens_per_expert(routing, mask=mask), ends])
 
 
