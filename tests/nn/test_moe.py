@@ -82,7 +82,7 @@ def run_dense(layer: MoeLayer, x: Tensor, expert: int) -> Tensor:
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 65, 300])
 def test_dropless_equals_a_dense_network_when_all_choose_one_expert(num_tokens: int) -> None:
-    """S-09. Values, and the gradients of the input and of that expert's weights; others get none."""
+    """S-09. Values, and gradients of the input and of that expert's weights; others get none."""
     layer = make_layer(make_config(), num_experts=8, num_experts_per_tok=1)
     with torch.no_grad():
         layer.gate.weight.zero_()

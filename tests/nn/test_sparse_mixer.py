@@ -57,7 +57,7 @@ def differentiate(function: Callable[[Tensor], Tensor], logits: Tensor) -> Tenso
 def enumerate_estimate(
     router: SparseMixerRouter, logits: Tensor, outputs: Tensor, loss: Loss
 ) -> Tensor:
-    """The expectation of the router's gradient: over the expert drawn, and whole or a part of it."""
+    """The expectation of the router's gradient: over experts drawn, and whole or a part of one."""
     gates = torch.softmax(logits, -1)
     total = torch.zeros_like(logits)
     for expert in range(E):
@@ -172,7 +172,7 @@ def test_experts_are_drawn_by_their_probability(version: int) -> None:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_the_mean_of_draws_is_the_enumerated_estimate(version: int) -> None:
-    """The router itself, 40,000 times: its first slot's gradient, and its share of whole weights."""
+    """The router itself, 40,000 times: the gradient of its first slot."""
     router = make_router(version).train()
     logits, outputs, loss = draw_problem(3)
     leaf = logits.clone().requires_grad_()

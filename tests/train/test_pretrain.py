@@ -101,7 +101,7 @@ def test_resumed_in_bf16_equals_the_unbroken_run(settings: dict[str, Any]) -> No
 def test_models_with_other_routers_are_trained_saved_and_resumed(
     settings: dict[str, Any], name: str
 ) -> None:
-    """T01, S-17: from settings as in a TOML file, with a residual pyramid, to a folder that loads."""
+    """T01, S-17: from settings as in a TOML file, a residual pyramid, to a folder that loads."""
     settings["dtype"] = "bfloat16"
     settings["model"]["moe"] = {
         "num_experts": 8, "num_experts_per_tok": 1 if name == "switch" else 2, "router": name,

@@ -261,7 +261,7 @@ class NameTable:
     def _map_extras(
         self, config: ModelConfig, moe: MoeConfig, theirs: str, ours: str
     ) -> NamedTensors:
-        """Parameters in the weights' dtype; buffers, which training moves in small steps, in F32."""
+        """Parameters in the weights' dtype; buffers, whose steps are small, in F32."""
         sizes = {"dim": config.dim, "hidden_dim": config.hidden_dim, "num_experts": moe.num_experts}
         _, buffers = moe.list_extra_tensors()
         for name, fields in self._list_extras(moe):

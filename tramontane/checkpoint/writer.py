@@ -101,8 +101,8 @@ def write_hf(
 ) -> None:
     """Write a Hugging Face folder; see `save_model`. `extra_files` are file name -> content.
 
-    `table` may be that of our own layout. `token_ids` are the bos_token_id and eos_token_id of config.json and generation_config.json;
-    None means the tokenizer's.
+    `table` may be that of our own layout. `token_ids` are the bos_token_id and eos_token_id of
+    config.json and generation_config.json; None means the tokenizer's.
     """
     if token_ids is None:
         token_ids = list_token_ids(tokenizer)

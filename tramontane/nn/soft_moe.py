@@ -18,6 +18,8 @@ class SoftMoe(nn.Module):
     nothing is dropped and all is differentiable. Raises ConfigError for a causal model.
     """
 
+    expert_of_slot: Tensor  # (P, 1) int64
+
     def __init__(self, config: ModelConfig, moe: MoeConfig, *, causal: bool) -> None:
         super().__init__()
         if causal:

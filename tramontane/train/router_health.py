@@ -72,12 +72,11 @@ class RouterHealth:
 
 def _count(routing: Routing, mask: Tensor | None) -> Tensor:
     """(E + 2,): choices by expert, drops, tokens."""
-    is_dropped = (list_choices(routing) >= 0) & (routing.experts < 0)
-    kept = slice(None) if mask is None else mask.to(is_dropped.device)
-    is_dropped = is_dropped[kept]
-    ends = torch.stack(
-        [is_dropped.sum(), is_dropped.new_tensor(len(is_dropped), dtype=torch.int64)]
-    )
+    is_dropped = (list_choices(routing) >= 0) & (routing.experts < 0)  # (T, K)
+    if mask is not None:
+        is_dropped = is_dropped[mask.to(is_dropped.device)]
+    num_tokens = torch.full_like(is_dropped.sum(), len(is_dropped))
+    ends = torch.stack([is_dropped.sum(), num_tokens])
     return torch.cat([count_tokens_per_expert(routing, mask=mask), ends])
 
 

@@ -1,4 +1,4 @@
-"""A limit to the tokens of one expert: what is over it is dropped, and passes by the residual alone.
+"""A limit to the tokens of one expert: what is over it is dropped, and passes by unchanged.
 
 Switch Transformers, arXiv:2101.03961, section 2.2; GShard, arXiv:2006.16668, algorithm 1.
 """

@@ -11,7 +11,7 @@ from tramontane.nn.router import INIT_BOUND, Router, Routing
 
 
 class NoisyTopKRouter(Router):
-    """Top-k of logits + N(0, 1) * softplus(x W_noise^T): each expert has a chance, and it is learnt.
+    """Top-k of logits + N(0, 1) * softplus(x W_noise^T): the chance of an expert is learnt.
 
     `logits` are those with noise. Outside of training there is none.
     """
