@@ -5,6 +5,7 @@ import os
 import signal
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.tiny import make_config, make_model
 from tests.train.test_loop import CountingSource, Recorder, assert_same_weights, read_log
 from tramontane.config import MoeConfig
-from tramontane.config.moe import ROUTERS
+from tramontane.config.moe import ROUTERS, TopPOptions
 from tramontane.errors import ConfigError
 from tramontane.nn.draws import seed_draws
 from tramontane.train.checkpoint import RunFolder
@@ -150,6 +151,23 @@ def test_evaluation_draws_nothing(tmp_path: Path, name: str) -> None:
     watched.run()
     assert modes == [False] * 3
     assert_same_weights(plain, watched)
+
+
+def test_top_p_learns_to_use_fewer_experts(tmp_path: Path) -> None:
+    """S-40: the entropy term lowers the mean number of experts; the loss stays within 5 %."""
+    found = {}
+    for coef in (0.0, 0.1):
+        moe = MoeConfig(8, 8, router="top_p", router_options=TopPOptions(top_p=0.5))
+        trainer = make_trainer(
+            tmp_path / str(coef), moe=moe, lr=5e-3, rows=4, num_steps=80, save_every=0,
+            router_entropy_coef=coef,
+        )  # fmt: skip
+        trainer.run()
+        last = read_log(trainer)[-20:]
+        counts = [count for record in last for count in record["router"]["experts_per_token"]]
+        found[coef] = (fmean(counts), fmean(record["loss"] for record in last))
+    assert found[0.1][0] < found[0.0][0] - 0.15
+    assert found[0.1][1] < found[0.0][1] * 1.05
 
 
 def test_each_step_is_logged_with_its_routers(tmp_path: Path) -> None:

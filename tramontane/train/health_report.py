@@ -141,5 +141,8 @@ def _average(rows: Sequence[Sequence[float]]) -> list[float]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     folder = Path(sys.argv[1])
-    write_health_page(folder / "log.jsonl", folder / "router_health.html")
+    if not write_health_page(folder / "log.jsonl", folder / "router_health.html"):
+        sys.exit(f"{folder / 'log.jsonl'} is not there, or has no routers")

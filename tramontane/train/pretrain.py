@@ -3,6 +3,7 @@
 OUT/tokenizer/   the vocabulary, learnt from the same mixture unless one is given
 OUT/tokens/      the encoded text
 OUT/model/       the model after the last step; training.json tells how it came to be
+OUT/router_health.html, OUT/tensorboard/   what log.jsonl says, as pictures
 """
 
 import json

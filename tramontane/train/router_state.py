@@ -14,6 +14,8 @@ from tramontane.nn.routers.biased_top_k import BiasedTopKRouter
 def move_biases(model: nn.Module, counts: Sequence[Tensor], *, rate: float) -> None:
     """Move the bias of each router that has one, by the choices (E,) of each layer in a step."""
     routers = [module for module in model.modules() if isinstance(module, Router)]
+    if not any(isinstance(router, BiasedTopKRouter) for router in routers):
+        return
     for router, layer_counts in zip(routers, counts, strict=True):
         if isinstance(router, BiasedTopKRouter):
             router.move_bias(layer_counts, rate=rate)
