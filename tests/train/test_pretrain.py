@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tramontane.checkpoint.loader import load_model
 from tramontane.data.token_files import TokenFile
 from tramontane.engine.llm import LLM
 from tramontane.engine.sampling_params import SamplingParams
-from tramontane.errors import CheckpointError, ConfigError, DataError
+from tramontane.errors import CheckpointError, ConfigError, DataError, RequestError
 from tramontane.tokenizer.loading import load_tokenizer
 from tramontane.train.held_out import measure_held_out
 from tramontane.train.initialization import initialize_weights
@@ -122,8 +123,10 @@ def test_models_with_other_routers_are_trained_saved_and_resumed(
     assert model.config == config.model
     if name == "biased_top_k":
         assert model.layers[1].feed_forward.gate.expert_bias.abs().max() > 0
-    answer = LLM(resumed).generate("the cat", SamplingParams(max_tokens=5, temperature=0))
-    assert answer.num_completion_tokens > 0
+    llm, params = LLM(resumed), SamplingParams(max_tokens=5, temperature=0)
+    assert llm.generate("the cat", params).num_completion_tokens > 0
+    with pytest.raises(RequestError, match=f"this model's router is '{name}'"):
+        llm.generate("the cat", replace(params, experts_per_token=2))
 
 
 def test_resume_refuses_changed_settings(settings: dict[str, Any]) -> None:
