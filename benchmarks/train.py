@@ -1,11 +1,12 @@
 """Training speed: tramontane and transformers in turn, from the same weights, on the same rows.
 
-    python benchmarks/train.py [--steps 8] [--text FILE ...]
+    python benchmarks/train.py [--steps 8] [--text FILE ...] [--part steps|experts]
 
-Each contender has a process of its own, set up as its users run it, and takes one step when it is
-its turn, so that a slow minute hits all. The model is the bundled model's size, a batch 8 rows of
-1,024 tokens. All use the same AdamW with fp32 master weights: their losses have to agree. The limit
-is the rate of torch's own matrix product at the experts' shape, measured in the same run.
+Steps: each contender has a process of its own, set up as its users run it, and takes one step when
+it is its turn, so that a slow minute hits all. The model is the bundled model's size, a batch 8
+rows of 1,024 tokens. All use the same AdamW with fp32 master weights: their losses have to agree.
+The limit is the rate of torch's own matrix product at the experts' shape, measured in the same run.
+Experts: one layer under even and uneven loads, see expert_layer.py.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from expert_layer import LOADS, RUNS, count_dropped, measure_layers
 from machine import describe_machine, measure_matmul_rate, print_table
 from transformers import AutoModelForCausalLM
 
@@ -32,6 +34,7 @@ from tramontane.data.sources import parse_source
 from tramontane.data.token_files import prepare_token_files
 from tramontane.models.transformer import build_model
 from tramontane.tokenizer.loading import load_tokenizer
+from tramontane.train.flops import count_flops_per_token
 from tramontane.train.initialization import initialize_weights
 from tramontane.train.losses import compute_load_balancing_loss, compute_next_token_loss
 from tramontane.train.memory import keep_compiled_products, keep_freed_memory
@@ -168,23 +171,8 @@ def _make_rows(batch: PackedBatch) -> PackedBatch:
     return PackedBatch(batch.tokens, targets.ravel(), (SEQ_LEN,) * ROWS, ("text",) * ROWS)
 
 
-def count_flops_per_token(config: ModelConfig) -> float:
-    """Of a training step: 6 per weight in a product, and causal attention's two products."""
-    weights = config.count_parameters().active - config.vocab_size * config.dim
-    attention = 2 * 2 * config.n_layers * config.n_heads * config.head_dim * SEQ_LEN / 2
-    return 6 * weights + 3 * attention
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--preset", default="tramontane-23m")
-    parser.add_argument("--text", nargs="+", default=[str(STORIES)], metavar="FILE")
-    arguments = parser.parse_args()
-    if arguments.steps <= WARMUP_STEPS:
-        parser.error(f"--steps must be above {WARMUP_STEPS}, the steps that are not timed")
-    config = get_preset(arguments.preset)
-    batches = read_batches(arguments.text, arguments.steps)
+def compare_steps(config: ModelConfig, batches: list[PackedBatch]) -> None:
+    """Print the table of training steps."""
     rates = []
     with tempfile.TemporaryDirectory() as name:
         model = build_model(config)
@@ -195,11 +183,9 @@ def main() -> None:
                 rates.append(measure_matmul_rate(2048, config.dim, config.hidden_dim))
                 for contender in contenders:
                     contender.step()
-    flops = count_flops_per_token(config)
+    flops = count_flops_per_token(config, seq_len=SEQ_LEN)
     limit = statistics.median(rates) / flops
-    print(describe_machine("transformers"))
-    timed = arguments.steps - WARMUP_STEPS
-    print(f"{arguments.preset}, {ROWS} x {SEQ_LEN} tokens, median of {timed} steps")
+    print(f"{ROWS} x {SEQ_LEN} tokens, median of {len(batches) - WARMUP_STEPS} steps")
     print_table(
         ["training", "tokens/s", "ratio", "of the limit", "loss of each step"],
         [
@@ -217,6 +203,48 @@ def main() -> None:
         f"limit: {limit:,.0f} tokens/s = {statistics.median(rates) / 1e12:.2f} TFLOP/s (bf16 "
         f"product 2048 x {config.dim} x {config.hidden_dim}) / {flops / 1e6:.1f} MFLOP per token"
     )
+
+
+def compare_experts(config: ModelConfig, dtype: torch.dtype, *, repeats: int) -> None:
+    """Print the table of one layer of experts."""
+    keep_freed_memory()
+    keep_compiled_products()
+    num_tokens = ROWS * SEQ_LEN
+    seconds = measure_layers(config, num_tokens=num_tokens, dtype=dtype, repeats=repeats)
+    fastest = seconds["grouped, dropless", LOADS[0]]
+    print(f"one layer, {num_tokens} tokens, {dtype}, forward and backward, median of {repeats}")
+    rows = [
+        [
+            run,
+            load,
+            f"{1000 * seconds[run, load]:.0f}",
+            f"{seconds[run, load] / fastest:.2f}x",
+            f"{count_dropped(config, run, load, num_tokens=num_tokens):.0%}",
+        ]
+        for run in RUNS
+        for load in LOADS
+    ]
+    print_table(["experts", "load", "ms", "of grouped, uniform", "slots dropped"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--preset", default="tramontane-23m")
+    parser.add_argument("--text", nargs="+", default=[str(STORIES)], metavar="FILE")
+    parser.add_argument("--part", choices=["steps", "experts"], help="one table of the two")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16",
+                        help="of the experts' table")  # fmt: skip
+    arguments = parser.parse_args()
+    if arguments.steps <= WARMUP_STEPS:
+        parser.error(f"--steps must be above {WARMUP_STEPS}, the steps that are not timed")
+    config = get_preset(arguments.preset)
+    print(f"{describe_machine('transformers')}; {arguments.preset}")
+    if arguments.part != "experts":
+        compare_steps(config, read_batches(arguments.text, arguments.steps))
+    if arguments.part != "steps":
+        repeats = arguments.steps - WARMUP_STEPS
+        compare_experts(config, getattr(torch, arguments.dtype), repeats=repeats)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ def count_tokens(run: Path) -> int:
 
 
 def describe_stage(stage: dict[str, Any]) -> str:
+    if "upcycled" in stage:
+        return f"upcycled to {stage['upcycled']['num_experts']} experts"
     optimizer = stage["optimizer"]
     return (
         f"{stage['steps']:,} steps of {stage['tokens_per_step']:,} tokens with "

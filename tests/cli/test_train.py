@@ -38,6 +38,21 @@ def test_flags_train_a_model_that_answers(arguments: list[str], tmp_path: Path) 
     assert LLM(run / "model").generate("One", SamplingParams(max_tokens=3, seed=0)).token_ids
 
 
+def test_flags_of_checkpoints_text_and_speed(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """T25: and what memory it takes is said before the first step."""
+    shared = tmp_path / "text"
+    more = ["--save-every", "1", "--keep-checkpoints", "1", "--peak-tflops", "0.5",
+            "--tokens-dir", str(shared)]  # fmt: skip
+    assert run_command([*arguments, *more]) == 0
+    assert len(list(shared.iterdir())) == 2
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step-3"]
+    said = capsys.readouterr().err
+    assert said.index("memory: about ") < said.index("MFU is of 0.50 TFLOP/s")
+
+
 def test_a_run_is_not_started_over(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,12 +2,19 @@
 
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from tests.data.files import make_stories, write_records
-from tramontane.data.sources import Source, parse_source, read_documents, require_distinct_domains
+from tramontane.data.sources import (
+    MAX_LINE_BYTES,
+    Source,
+    parse_source,
+    read_documents,
+    require_distinct_domains,
+)
 from tramontane.errors import ConfigError, DataError
 
 PRETRAIN = Path(__file__).parents[3] / "shared" / "data" / "pretrain"
@@ -70,10 +77,34 @@ BAD_LINES = {
 
 @pytest.mark.parametrize("line", BAD_LINES, ids=range(len(BAD_LINES)))
 def test_a_bad_record_is_named_by_file_and_line(tmp_path: Path, line: bytes) -> None:
+    """T23."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(GOOD + b"\n" + line + b"\n" + GOOD)
     with pytest.raises(DataError, match=rf"a\.jsonl:3: .*{BAD_LINES[line]}"):
         read_both(path)
+
+
+def test_a_line_of_200_mb_is_named_and_not_read(tmp_path: Path) -> None:
+    """T23: memory is bounded by the limit, whatever the line unpacks to."""
+    path = tmp_path / "a.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(GOOD + b'{"text": "')
+        for _ in range(200):
+            file.write(b"x" * 10**6)
+        file.write(b'"}\n')
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz:2: the line is longer than 67,108,864"):
+        read_both(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * MAX_LINE_BYTES
+
+
+def test_a_line_at_the_limit_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tramontane.data.sources.MAX_LINE_BYTES", len(GOOD))
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD + GOOD)
+    assert sum(map(len, read_both(path))) == 2
 
 
 def test_another_text_field_can_be_named(tmp_path: Path) -> None:
@@ -83,6 +114,7 @@ def test_another_text_field_can_be_named(tmp_path: Path) -> None:
 
 
 def test_bad_bytes_in_a_plain_text_are_named_by_line(tmp_path: Path) -> None:
+    """T23."""
     (tmp_path / "a.txt").write_bytes(b"one\ntwo\nthr\xe9e\n")
     with pytest.raises(DataError, match=r"a\.txt:3: byte 11 of the file is not UTF-8"):
         read_both(tmp_path / "a.txt")

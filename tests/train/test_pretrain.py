@@ -16,8 +16,15 @@ from tramontane.checkpoint.loader import load_model
 from tramontane.data.token_files import TokenFile
 from tramontane.engine.llm import LLM
 from tramontane.engine.sampling_params import SamplingParams
-from tramontane.errors import CheckpointError, ConfigError, DataError, RequestError
+from tramontane.errors import (
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    RequestError,
+)
 from tramontane.tokenizer.loading import load_tokenizer
+from tramontane.train.flops import count_flops_per_token
 from tramontane.train.held_out import measure_held_out
 from tramontane.train.initialization import initialize_weights
 from tramontane.train.loop import StepReport
@@ -82,6 +89,63 @@ def test_text_becomes_a_model_that_loads(settings: dict[str, Any]) -> None:
     assert scores[1]["tales"] < scores[0]["tales"]
 
 
+def test_the_best_model_is_written_beside_the_last(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 4 scores best; its weights are those of a run that ends there."""
+    scores = iter([2.0, 1.0, 3.0, 2.0, 1.0])
+    monkeypatch.setattr("tramontane.train.pretrain._score", lambda *_: {"tales": next(scores)})
+    settings["loop"] |= {"num_steps": 6, "eval_every": 2, "save_every": 0}
+    settings["optimizer"] |= {"schedule": "wsd", "decay_ratio": 0.1}
+    recorder = Recorder()
+    folder = pretrain(load_pretrain_config(None, settings), recorder)
+    assert folder is not None
+    assert "step 4 had the best score: 1.0000 bits per byte" in recorder.notes
+    best = folder.with_name("best")
+    stages = json.loads((best / "training.json").read_text())["stages"]
+    assert (stages[0]["steps"], stages[0]["tokens"]) == (4, 4 * 128)
+    assert pretrain(load_pretrain_config(None, settings), Recorder(), resume=True) is not None
+    assert best.exists()  # written again, as nothing else is better
+    settings["out"] = str(Path(settings["out"]).with_name("short"))
+    settings["loop"]["num_steps"] = 4
+    short = pretrain(load_pretrain_config(None, settings), Recorder())
+    assert short is not None
+    assert not short.with_name("best").exists()
+    ours, theirs = load_model(best).state_dict(), load_model(short).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_runs_can_share_the_encoded_text(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["tokens_dir"] = str(tmp_path / "shared")
+    pretrain(load_pretrain_config(None, settings), Recorder())
+
+    def list_times() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "shared").rglob("*.bin")}
+
+    before = list_times()
+    assert len(before) == 4
+    settings |= {"tokenizer": str(Path(settings["out"]) / "tokenizer"), "out": str(tmp_path / "b")}
+    pretrain(load_pretrain_config(None, settings), Recorder())
+    assert before == list_times()
+    assert not (tmp_path / "b" / "tokens").exists()
+
+
+def test_mfu_and_memory_are_reported(settings: dict[str, Any]) -> None:
+    """By a peak that is stated; the share of it follows from the time."""
+    settings |= {"peak_tflops": 0.001}
+    recorder, config = Recorder(), load_pretrain_config(None, settings)
+    pretrain(config, recorder, free_memory=2**34)
+    flops, report = count_flops_per_token(config.model, seq_len=64), recorder.reports[-1]
+    assert report.mfu == pytest.approx(report.num_units * flops / report.seconds / 1e9)
+    assert any(note.startswith("MFU is of 0.00 TFLOP/s; ") for note in recorder.notes)
+    assert any(note.startswith("memory: about ") for note in recorder.notes)
+    settings["out"] += "-again"
+    with pytest.raises(CapacityError, match="alone do not fit"):
+        pretrain(load_pretrain_config(None, settings), Recorder(), free_memory=2**20)
+    with pytest.raises(ConfigError, match=r"peak_tflops is -1"):
+        load_pretrain_config(None, settings | {"peak_tflops": -1.0})
+
+
 def test_resumed_in_bf16_equals_the_unbroken_run(settings: dict[str, Any]) -> None:
     """T01: through the files, with bf16 computation and fp32 masters."""
     settings["dtype"] = "bfloat16"
@@ -135,6 +199,20 @@ def test_resume_refuses_changed_settings(settings: dict[str, Any]) -> None:
     changed = load_pretrain_config(None, settings | {"seed": 2, "batch_size": 3})
     with pytest.raises(ConfigError, match="batch_size: 2 -> 3; seed: 1 -> 2"):
         pretrain(changed, Recorder(), resume=True)
+
+
+def test_a_setting_that_the_run_does_not_know_yet_has_its_default(settings: dict[str, Any]) -> None:
+    """T31: a run that an earlier version began goes on."""
+    pretrain(load_pretrain_config(None, settings), Recorder())
+    path = Path(settings["out"]) / "config.json"
+    saved = json.loads(path.read_text())
+    del saved["tokens_dir"], saved["loop"]["keep_best"]
+    path.write_text(json.dumps(saved))
+    pretrain(load_pretrain_config(None, settings), Recorder(), resume=True)
+    path.write_text(json.dumps(saved))
+    settings["loop"]["keep_best"] = False
+    with pytest.raises(ConfigError, match=r"loop\.keep_best: True -> False"):
+        pretrain(load_pretrain_config(None, settings), Recorder(), resume=True)
 
 
 def test_changed_text_is_refused_even_with_override(settings: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from tramontane.train.health_report import write_health_page
 from tramontane.train.loop import LoopConfig, Trainer
 from tramontane.train.losses import compute_next_token_loss
 from tramontane.train.optim import MasterOptimizer, OptimizerConfig
+from tramontane.train.router_health import RouterHealth
 from tramontane.train.router_state import read_router_state
 
 RANDOM = ["switch", "noisy_top_k", "st_moe", "sparse_mixer", "sparse_mixer_v2"]
@@ -132,6 +133,37 @@ def test_runs_with_every_kind_of_router_resume_exactly(tmp_path: Path, name: str
     assert read_router_state(resumed.model) == read_router_state(whole.model)
     if name == "biased_top_k":
         assert all(map(any, read_router_state(whole.model)["biases"].values()))
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_what_a_step_counts_is_what_it_then_routes(tmp_path: Path, name: str) -> None:
+    """T06: the pass that only counts takes no random numbers from the one that learns."""
+    trainer = make_trainer(tmp_path, moe=make_moe(name), num_steps=1, accumulation=3)
+    trainer.model.train()
+    batches = [trainer.source.next_batch() for _ in range(3)]
+    totals = trainer._count(batches)
+    assert totals is not None
+    health = RouterHealth()
+    for batch in batches:
+        health.add(compute_next_token_loss(trainer.model, batch).routing)
+    for load, counts in zip(totals.loads, health.counts(), strict=True):
+        torch.testing.assert_close(load * totals.num_tokens, counts.float())
+
+
+def test_the_best_checkpoint_has_its_own_biases(tmp_path: Path) -> None:
+    """T22: not those of the last step."""
+    trainer = make_trainer(tmp_path, moe=make_moe("biased_top_k"), num_steps=4, eval_every=1)
+    seen = {}
+
+    def evaluate(model: torch.nn.Module) -> dict[str, float]:
+        seen[trainer.step] = read_router_state(model)
+        return {"a": abs(trainer.step - 2) + 1.0}
+
+    trainer.evaluate = evaluate
+    trainer.run()
+    assert seen[2] != seen[4]
+    trainer.go_to_best()
+    assert read_router_state(trainer.model) == seen[2]
 
 
 @pytest.mark.parametrize("name", RANDOM)

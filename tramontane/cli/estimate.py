@@ -122,10 +122,10 @@ def _parse_ram(gibibytes: float) -> int:
 
 def _count_free(memory: dict[str, int | None]) -> int:
     """What this process may still use."""
-    free = memory["available_bytes"]
+    free = memory["free_bytes"]
     if free is None:
         raise RequestError("this system does not say how much memory is free; give --ram in GiB")
-    return min(free, memory["limit_bytes"] or free)
+    return free
 
 
 def _find_remedy(search: _Search, smaller: Sequence[Quant], *, longest: int, wanted: int) -> str:

@@ -4,12 +4,10 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-_CGROUP_LIMITS = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
 _NO_LIMIT = 2**60  # cgroup v1 writes a huge number for "none"
 
 
@@ -23,12 +21,19 @@ def read_peak_memory() -> int:
 
 
 def read_memory() -> dict[str, int | None]:
-    """Bytes of memory in all, free for use now, and the limit of the control group (container)."""
+    """Bytes of memory in all, free for use now, and the limit of the control group (container).
+
+    `free_bytes` are what this process may still take: of what is available, within the limit.
+    """
     table = _read_colon_table(Path("/proc/meminfo"))
+    available = _parse_kib(table.get("MemAvailable"))
+    limits = read_group_limits()
+    left = [limit - used for limit, used in limits]
     return {
         "total_bytes": _parse_kib(table.get("MemTotal")),
-        "available_bytes": _parse_kib(table.get("MemAvailable")),
-        "limit_bytes": _read_cgroup_limit(),
+        "available_bytes": available,
+        "limit_bytes": min((limit for limit, _ in limits), default=None),
+        "free_bytes": None if available is None else max(0, min([available, *left])),
     }
 
 
@@ -73,9 +78,48 @@ def _parse_kib(value: str | None) -> int | None:
     return None if value is None else int(value.split()[0]) * 1024
 
 
-def _read_cgroup_limit() -> int | None:
-    for path in _CGROUP_LIMITS:
-        text = path.read_text(encoding="ascii").strip() if path.is_file() else "max"
-        if text.isdigit() and int(text) < _NO_LIMIT:
-            return int(text)
-    return None
+def read_group_limits(root: Path = Path("/")) -> list[tuple[int, int]]:
+    """(limit, bytes in use) of each control group around this process that has a limit.
+
+    Groups lie in groups, and the narrowest decides. In use is what cannot be taken back: the page
+    cache can. /proc and /sys are looked for in `root`.
+    """
+    found = []
+    for folder, kind in _list_groups(root):
+        limit = _read_text(folder / kind.limit_file)
+        if limit.isdigit() and int(limit) < _NO_LIMIT:
+            lines = (line.split() for line in _read_text(folder / "memory.stat").splitlines())
+            used = [int(count) for name, count in lines if name == kind.used]
+            found.append((int(limit), sum(used)))
+    return found
+
+
+class _GroupKind(NamedTuple):
+    """Where one version of control groups says what."""
+
+    base: str
+    limit_file: str
+    used: str  # a line of memory.stat
+
+
+_GROUP_KINDS = {  # by the controllers in /proc/self/cgroup
+    "": _GroupKind("sys/fs/cgroup", "memory.max", "anon"),  # version 2
+    "memory": _GroupKind("sys/fs/cgroup/memory", "memory.limit_in_bytes", "total_rss"),
+}
+
+
+def _list_groups(root: Path) -> Iterator[tuple[Path, _GroupKind]]:
+    """The folders of this process's groups, from the innermost to the one that holds all."""
+    for line in _read_text(root / "proc/self/cgroup").splitlines():
+        _, controllers, name = line.split(":", 2)
+        if (kind := _GROUP_KINDS.get(controllers)) is not None:
+            path = Path(name.strip("/"))
+            yield from ((root / kind.base / part, kind) for part in (path, *path.parents))
+
+
+def _read_text(path: Path) -> str:
+    """What a file of the system says; nothing where there is none."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:  # absent, or of a group that this process may not see
+        return ""

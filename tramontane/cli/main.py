@@ -23,6 +23,8 @@ _VERBS = {
     "estimate": "Estimate the memory that a model takes, before it is there.",
     "convert": "Write a model in another layout: Hugging Face, Mistral, or GGUF.",
     "quantize": "Write a model with weights of 4 or 8 bits, to be run.",
+    "upcycle": "Write a dense model as a mixture of experts that answers the same.",
+    "ancestry": "Find out whether one model was made from another, by their weights.",
     "pull": "Fetch a model from the Hugging Face hub.",
     "list": "List the models on this machine.",
     "rm": "Remove a model from the hub's cache.",

@@ -37,6 +37,9 @@ def train(
     eval_every: int | None = None,
     sample_every: int | None = None,
     save_every: int | None = None,
+    keep_checkpoints: int | None = None,
+    tokens_dir: Path | None = None,
+    peak_tflops: float | None = None,
     threads: int | None = None,
     resume: bool = False,
     override: bool = False,
@@ -97,6 +100,12 @@ def train(
         Steps between samples of text; 0 for none.
     save_every
         Steps between checkpoints; 0 for one at the end.
+    keep_checkpoints
+        How many of them stay, beside the one with the best held-out score.
+    tokens_dir
+        Where the encoded text is kept, for several runs to share; by default in OUT.
+    peak_tflops
+        What the machine can do in this dtype, for the MFU; by default measured.
     threads
         CPU threads; by default all cores.
     resume
@@ -106,6 +115,7 @@ def train(
     """
     import torch
 
+    from tramontane.cli.machine import read_memory
     from tramontane.train.memory import keep_compiled_products, keep_freed_memory
     from tramontane.train.pretrain import pretrain
     from tramontane.train.pretrain_config import load_pretrain_config
@@ -115,11 +125,12 @@ def train(
         "sources": source, "data_dir": data_dir, "out": out, "init_from": init_from,
         "tokenizer": tokenizer, "vocab_size": vocab_size, "seq_len": seq_len,
         "batch_size": batch_size, "dtype": dtype, "device": device, "seed": seed,
+        "tokens_dir": tokens_dir, "peak_tflops": peak_tflops,
         "model": {"preset": model},
         "loop": {
             "num_steps": steps, "accumulation": accumulation, "eval_every": eval_every,
             "sample_every": sample_every, "save_every": save_every,
-            "load_balancing_coef": load_balancing_coef,
+            "load_balancing_coef": load_balancing_coef, "keep_checkpoints": keep_checkpoints,
         },
         "optimizer": {
             "kind": optimizer, "lr": lr, "warmup_steps": warmup_steps, "schedule": schedule,
@@ -132,7 +143,14 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     with ProgressPrinter(print_every=resolved.loop.log_every) as printer:
-        done = pretrain(resolved, printer, resume=resume, override=override, sample=_write_sample)
+        done = pretrain(
+            resolved,
+            printer,
+            resume=resume,
+            override=override,
+            sample=_write_sample,
+            free_memory=read_memory()["free_bytes"],
+        )
     if done is None:
         raise KeyboardInterrupt  # stopped and saved: the exit code says so
 

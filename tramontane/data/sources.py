@@ -19,6 +19,7 @@ from tramontane.errors import ConfigError, DataError
 
 Split = Literal["train", "valid"]
 
+MAX_LINE_BYTES = 2**26  # of JSON Lines: a text of this size takes gigabytes to encode
 VALID_SHARE = 0.05  # of the documents, or of a plain text file, where the file does not say
 
 _KINDS = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
@@ -82,7 +83,7 @@ def read_documents(source: Source, *, split: Split) -> Iterator[str]:
     """Yields the documents of one split in file order.
 
     Raises DataError, with file and line, for a file that cannot be read, bytes that are not UTF-8,
-    malformed JSON, a missing or empty text, and an unknown split.
+    malformed JSON, a line beyond MAX_LINE_BYTES, a missing or empty text, and an unknown split.
     """
     is_json = source.path.endswith((".jsonl", ".jsonl.gz"))
     documents = _read_json_lines(source, split) if is_json else _read_plain(source, split)
@@ -99,10 +100,16 @@ def _open(path: str) -> BinaryIO:
 def _read_json_lines(source: Source, split: Split) -> Iterator[str]:
     with _open(source.path) as file:
         # Lines of bytes end at "\n" alone; str.splitlines would also cut at U+2028 inside a text.
-        for number, line in enumerate(file, start=1):
+        lines = iter(lambda: file.readline(MAX_LINE_BYTES + 1), b"")
+        for number, line in enumerate(lines, start=1):
+            where = f"{source.path}:{number}"
+            if len(line) > MAX_LINE_BYTES:
+                raise DataError(
+                    f"{where}: the line is longer than {MAX_LINE_BYTES:,} bytes; divide its text "
+                    "into several records"
+                )
             if not line.strip():
                 continue
-            where = f"{source.path}:{number}"
             record = _parse_record(line, where)
             text = _get_text(record, source.text_field, where)
             if _get_split(record, text, where) == split:

@@ -3,6 +3,7 @@
 OUT/config.json            what was asked for
 OUT/log.jsonl              one line per report
 OUT/checkpoints/step-N/    optimizer.safetensors, progress.json; whole or not there at all
+OUT/checkpoints/best.json  which of them had the lowest held-out score
 OUT/lock                   held while a process trains here
 """
 
@@ -13,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -29,8 +30,15 @@ from tramontane.atomic import (
 from tramontane.errors import CheckpointError, ConfigError, TrainingError
 from tramontane.train.optim import MasterOptimizer
 
-_TENSORS, _PROGRESS = "optimizer.safetensors", "progress.json"
+_TENSORS, _PROGRESS, _BEST = "optimizer.safetensors", "progress.json", "best.json"
 _REMEDY = "remove its folder to resume from the checkpoint before it, if there is one"
+
+
+class Best(NamedTuple):
+    """The step whose checkpoint had the lowest held-out score, a mean of domains."""
+
+    step: int
+    score: float
 
 
 class RunFolder:
@@ -73,20 +81,22 @@ class RunFolder:
                 f"{self.path} already holds a run: go on with --resume, or choose another --out"
             )
         self.log_path.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+        (self._checkpoints / _BEST).unlink(missing_ok=True)
         self.write_config(config)
 
-    def compare(self, config: dict[str, Any]) -> None:
-        """Raise ConfigError that lists the fields in which `config` differs from that of the run.
-
-        Raises CheckpointError if there is no run here.
-        """
+    def read_config(self) -> dict[str, Any]:
+        """What the run was asked for. Raises CheckpointError if there is no run here."""
         path = self.path / "config.json"
         if not path.is_file():
             raise CheckpointError(
                 f"{self.path} holds no run to resume (no config.json); check --out, or start "
                 "without --resume"
             )
-        old, new = _flatten(_read_json(path)), _flatten(config)
+        return _read_json(path)
+
+    def compare(self, saved: dict[str, Any], config: dict[str, Any]) -> None:
+        """Raise ConfigError that lists the fields in which `config` differs from `saved`."""
+        old, new = _flatten(saved), _flatten(config)
         changes = [
             f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
             for key in sorted(old.keys() | new.keys())
@@ -109,19 +119,38 @@ class RunFolder:
             self._checkpoints.glob("step-*"), key=lambda path: int(path.name.partition("-")[2])
         )
 
+    def find_best(self) -> Best | None:
+        """The checkpoint that was marked as best, if it is still there."""
+        path = self._checkpoints / _BEST
+        if not path.is_file():
+            return None
+        values = _read_json(path)
+        try:
+            best = Best(int(values["step"]), float(values["score"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged ({error!r}); remove it") from error
+        return best if self._name(best.step).is_dir() else None
+
+    def mark_best(self, best: Best) -> None:
+        """Keep the checkpoint of `best.step`, which is there, until another is better."""
+        with atomic_file(self._checkpoints / _BEST) as path:
+            path.write_text(json.dumps(best._asdict()))
+
     def save(self, optimizer: MasterOptimizer, progress: dict[str, Any], *, keep: int = 2) -> Path:
         """Write a checkpoint after `progress["step"]` steps; then drop all but the `keep` newest.
 
-        Raises CapacityError when the disk is full; older checkpoints stay.
+        The best one stays too. Raises CapacityError when the disk is full; older checkpoints stay.
         """
         tensors = optimizer.state_tensors()
         size = sum(t.numel() * t.element_size() for t in tensors.values())
-        target = self._checkpoints / f"step-{progress['step']}"
+        target = self._name(progress["step"])
         with atomic_folder(target, bytes_needed=size + 1_000_000) as folder:
             save_file(tensors, folder / _TENSORS)
             (folder / _PROGRESS).write_text(json.dumps(progress))
+        best = self.find_best()
         for old in self.find_checkpoints()[:-keep]:
-            shutil.rmtree(old)
+            if best is None or old != self._name(best.step):
+                shutil.rmtree(old)
         return target
 
     def load(self, optimizer: MasterOptimizer) -> dict[str, Any]:
@@ -135,7 +164,22 @@ class RunFolder:
             raise CheckpointError(
                 f"{self._checkpoints} holds no checkpoint to resume from; start without --resume"
             )
-        tensors, progress = _read_checkpoint(checkpoints[-1])
+        progress = self._restore(checkpoints[-1], optimizer)
+        self._forget_after(progress["step"])
+        return progress
+
+    def load_best(self, optimizer: MasterOptimizer) -> dict[str, Any]:
+        """Restore the best checkpoint, which is there; its progress. Errors as for `load`."""
+        best = self.find_best()
+        assert best is not None, self.path
+        return self._restore(self._name(best.step), optimizer)
+
+    def _restore(self, checkpoint: Path, optimizer: MasterOptimizer) -> dict[str, Any]:
+        """Give `optimizer` and its model the tensors of a checkpoint; returns its progress.
+
+        Raises CheckpointError if it is damaged or does not fit the model.
+        """
+        tensors, progress = _read_checkpoint(checkpoint)
         expected = optimizer.state_tensors()
         differing = [
             name
@@ -145,11 +189,10 @@ class RunFolder:
         ]  # fmt: skip
         if differing:
             raise CheckpointError(
-                f"{checkpoints[-1]} does not fit the model: {differing[0]} is missing or has "
+                f"{checkpoint} does not fit the model: {differing[0]} is missing or has "
                 f"another shape ({len(differing)} such); resume with the configuration of the run"
             )
         optimizer.load_state_tensors(tensors, num_steps=progress["step"])
-        self._forget_after(progress["step"])
         return progress
 
     def log(self, record: dict[str, Any]) -> None:
@@ -160,6 +203,9 @@ class RunFolder:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise explain_os_error(error, self.log_path) from error
+
+    def _name(self, step: int) -> Path:
+        return self._checkpoints / f"step-{step}"
 
     def _forget_after(self, step: int) -> None:
         if not self.log_path.exists():

@@ -136,7 +136,8 @@ class MasterOptimizer:
     def average(self, num_units: int, *, step: int) -> float:
         """Divide the gathered gradients by `num_units` and clip them; returns their norm between.
 
-        Raises TrainingError that names the first parameter whose gradient is not finite.
+        Raises TrainingError that names the last parameter whose gradient is not finite: backward,
+        such a gradient makes all those before it so too.
         """
         gradients = {n: w.grad for n, w in self.masters.items() if w.grad is not None}
         norm = torch.nn.utils.get_total_norm(gradients.values()).item() / num_units
@@ -144,8 +145,9 @@ class MasterOptimizer:
             bad = [name for name, grad in gradients.items() if not torch.isfinite(grad).all()]
             self.clear()
             raise TrainingError(
-                f"step {step}: the gradient of {bad[0] if bad else 'the model'} is not finite; the "
-                "step was not applied. Lower the learning rate, or look at the data of this step"
+                f"step {step}: the gradient of {bad[-1] if bad else 'the model'} is not finite "
+                f"({len(bad)} such); the step was not applied. Lower the learning rate, or look at "
+                "the data of this step"
             )
         factor = min(1.0, self.config.max_grad_norm / (norm + 1e-6)) / num_units
         torch._foreach_mul_(list(gradients.values()), factor)  # in one pass over all of them

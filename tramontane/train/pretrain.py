@@ -3,6 +3,7 @@
 OUT/tokenizer/   the vocabulary, learnt from the same mixture unless one is given
 OUT/tokens/      the encoded text
 OUT/model/       the model after the last step; training.json tells how it came to be
+OUT/best/        the model with the lowest held-out score, if that is another one
 OUT/router_health.html, OUT/tensorboard/   what log.jsonl says, as pictures
 """
 
@@ -28,12 +29,18 @@ from tramontane.tokenizer.loading import load_tokenizer
 from tramontane.tokenizer.tokenizer import Tokenizer
 from tramontane.tokenizer.trainer import train_tokenizer
 from tramontane.train.checkpoint import RunFolder
+from tramontane.train.estimate import (
+    TrainingMemory,
+    estimate_training_memory,
+    require_memory,
+)
+from tramontane.train.flops import count_flops_per_token, measure_peak_flops
 from tramontane.train.held_out import measure_held_out
 from tramontane.train.initialization import initialize_weights
 from tramontane.train.loop import Observer, Trainer
 from tramontane.train.losses import compute_next_token_loss
 from tramontane.train.optim import MasterOptimizer
-from tramontane.train.pretrain_config import PretrainConfig
+from tramontane.train.pretrain_config import PretrainConfig, load_pretrain_config
 
 HISTORY_FILE = "training.json"
 TOKENIZER_SAMPLE_CHARS = 60_000_000
@@ -48,23 +55,32 @@ def pretrain(
     resume: bool = False,
     override: bool = False,
     sample: Callable[[Transformer, Tokenizer], str] | None = None,
+    free_memory: int | None = None,
 ) -> Path | None:
     """Run or resume a pre-training; returns the model's folder, or None if it was interrupted.
 
-    Raises ConfigError, DataError, TrainingError, CapacityError; finished work stays on disk.
+    `free_memory` is how many bytes this process may still take, if that is known. Raises
+    ConfigError, DataError, TrainingError, CapacityError; finished work stays on disk.
     """
     folder = RunFolder(config.out)
+    device = _choose_device(config.device)
+    dtype = _choose_dtype(config.dtype, device)
     if resume and not override:
-        folder.compare(asdict(config))
+        saved = load_pretrain_config(None, folder.read_config())  # what is new has its default
+        folder.compare(asdict(saved), asdict(config))
     with folder.lock():
         if not resume:
             folder.start(asdict(config))
             _remove_tokenizer(folder)
         observer.on_note(f"configuration: {json.dumps(asdict(config))}")
+        if device.type == "cuda":
+            free_memory = torch.cuda.mem_get_info(device)[0]
+        observer.on_note(require_memory(_estimate_memory(config, dtype), free_memory))
         tokenizer = _prepare_tokenizer(config, folder.path / "tokenizer", observer)
         stages = _read_stages(config.init_from)
-        files = prepare_token_files(config.parse_sources(), tokenizer, folder.path / "tokens")
-        trainer = _build_trainer(config, folder, observer, files=files)
+        tokens = config.tokens_dir or folder.path / "tokens"
+        files = prepare_token_files(config.parse_sources(), tokenizer, tokens)
+        trainer = _build_trainer(config, folder, observer, files=files, device=device, dtype=dtype)
         if sample is not None:
             trainer.sample = lambda model: sample(model, tokenizer)
         if resume:
@@ -73,8 +89,24 @@ def pretrain(
         if not trainer.run():
             observer.on_note(f"stopped after step {trainer.step}; go on with --resume")
             return None
-        stages.append(_describe_stage(config, trainer))
-        return _export(trainer, tokenizer, folder.path / "model", stages=stages)
+        out = _export(config, trainer, tokenizer, folder.path / "model", stages=stages)
+        if (folder.path / "best").exists():
+            shutil.rmtree(folder.path / "best")  # of the run before it was made longer
+        if (best := folder.find_best()) is not None and best.step != trainer.step:
+            observer.on_note(f"step {best.step} had the best score: {best.score:.4f} bits per byte")
+            trainer.go_to_best()
+            _export(config, trainer, tokenizer, folder.path / "best", stages=stages)
+        return out
+
+
+def _estimate_memory(config: PretrainConfig, dtype: torch.dtype) -> TrainingMemory:
+    return estimate_training_memory(
+        config.model,
+        rows=config.batch_size,
+        seq_len=config.seq_len,
+        bytes_per_value=dtype.itemsize,
+        optimizer=config.optimizer.kind,
+    )
 
 
 def _remove_tokenizer(folder: RunFolder) -> None:
@@ -109,12 +141,12 @@ def _build_trainer(
     observer: Observer,
     *,
     files: dict[tuple[str, Any], TokenFile],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Trainer[PackedBatch]:
     train_files = {domain: f for (domain, split), f in files.items() if split == "train"}
     valid_files = {domain: f for (domain, split), f in files.items() if split == "valid"}
     weights = {source.domain: source.weight for source in config.parse_sources()}
-    device = _choose_device(config.device)
-    dtype = _choose_dtype(config.dtype, device)
     if config.init_from is not None:
         model = load_model(config.init_from, use_views=False)  # its weights will be written
     else:
@@ -128,6 +160,10 @@ def _build_trainer(
     observer.on_note(
         f"{total:,} parameters, {active:,} of them active per token, {dtype} computation"
     )
+    peak = config.peak_tflops and config.peak_tflops * 1e12
+    peak = peak or measure_peak_flops(dtype, device)
+    flops = count_flops_per_token(config.model, seq_len=config.seq_len)
+    observer.on_note(f"MFU is of {peak / 1e12:.2f} TFLOP/s; {flops / 1e6:.1f} MFLOP per token")
     return Trainer(
         model=model,
         optimizer=optimizer,
@@ -140,6 +176,7 @@ def _build_trainer(
         folder=folder,
         observer=observer,
         evaluate=lambda model: _score(config, model, valid_files),
+        seconds_per_unit=flops / peak,
     )  # fmt: skip
 
 
@@ -171,8 +208,15 @@ def _score(
 
 
 def _export(
-    trainer: Trainer[PackedBatch], tokenizer: Tokenizer, folder: Path, *, stages: list[Any]
+    config: PretrainConfig,
+    trainer: Trainer[PackedBatch],
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    stages: list[Any],
 ) -> Path:
+    """Write the model as it is now; `stages` are those before this run."""
+    stages = [*stages, _describe_stage(config, trainer)]
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     save_model(
         trainer.model,

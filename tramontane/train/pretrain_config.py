@@ -1,5 +1,6 @@
 """What a pre-training run is asked for: a TOML file, flags, or both."""
 
+import math
 import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,9 @@ class PretrainConfig:
     tokenizer.json; without one, `vocab_size` tokens are learnt. `dtype` is that of the computation
     (auto: bfloat16 where the device has instructions for it);
     the optimizer keeps fp32 weights. `init_from` is the folder of a model to go on from, with its
-    tokenizer; without it the weights are random.
+    tokenizer; without it the weights are random. `tokens_dir` keeps the encoded text, so that
+    several runs share it; by default OUT/tokens. `peak_tflops` is what the machine can do, for the
+    MFU; by default torch's own product is measured.
     """
 
     out: str
@@ -36,6 +39,8 @@ class PretrainConfig:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     device: str = "auto"  # a GPU where there is one
     eval_tokens: int = 8192  # per domain, at each evaluation
+    tokens_dir: str | None = None
+    peak_tflops: float | None = None
     loop: LoopConfig = field(default_factory=LoopConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -43,6 +48,8 @@ class PretrainConfig:
         require_positive(self, "seq_len", "batch_size", "eval_tokens")
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise ConfigError(f"dtype is {self.dtype!r}; choose auto, bfloat16 or float32")
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise ConfigError(f"peak_tflops is {self.peak_tflops}; it must be above zero")
         if self.seq_len > self.model.max_seq_len:
             raise ConfigError(
                 f"seq_len is {self.seq_len}, above the model's max_seq_len {self.model.max_seq_len}"

@@ -7,6 +7,7 @@ from collections import deque
 from types import TracebackType
 from typing import Self
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -16,7 +17,7 @@ _WINDOW = 20  # steps that the shown averages are taken over
 
 
 class ProgressPrinter:
-    """Shows step, loss, tokens per second, time left and memory; notes go above the bar."""
+    """Shows step, loss, tokens per second, MFU, memory and time left; notes go above the bar."""
 
     def __init__(self, *, print_every: int) -> None:
         self._console = Console(stderr=True, highlight=False)
@@ -47,7 +48,9 @@ class ProgressPrinter:
         loss = statistics.fmean(step.loss for step in self._recent)
         seconds = statistics.median(step.seconds for step in self._recent)  # the first is slow
         rate = report.num_units / seconds
-        text = f"loss {loss:.3f}  {rate:,.0f} tok/s  {_peak_memory_gib():.1f} GiB"
+        shares = [step.mfu for step in self._recent if step.mfu is not None]
+        mfu = f"  MFU {statistics.median(shares):.0%}" if shares else ""
+        text = f"loss {loss:.3f}  {rate:,.0f} tok/s{mfu}  {_peak_memory_gib():.1f} GiB"
         self._bar.update(self._task, completed=report.step, total=num_steps, description=text)
         if self._bar.disable and report.step % self._print_every == 0:
             left = (num_steps - report.step) * seconds / 60
@@ -62,5 +65,8 @@ class ProgressPrinter:
 
 
 def _peak_memory_gib() -> float:
+    """The most that was occupied: of the GPU where there is one in use, else of this process."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20

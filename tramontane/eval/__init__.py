@@ -1,0 +1,1 @@
+"""What models do and where they come from, measured from outside."""

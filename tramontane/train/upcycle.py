@@ -1,0 +1,168 @@
+"""Sparse upcycling: a dense model into a mixture of experts that computes the same.
+
+Each expert is a copy of the dense network (arXiv:2212.05055). Mixtral's weights sum to one, so
+sum_k w_k f(x) = f(x) whatever the router chooses. With virtual groups (arXiv:2410.07524) an expert
+is a shard of the hidden units, and the shards of one network have one score between them, so that
+top-k takes all of them or none: their sum, times their number, is f(x) again.
+"""
+
+import math
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tramontane.checkpoint.parameters import Parameters
+from tramontane.config import ModelConfig, MoeConfig, require_positive
+from tramontane.errors import ConfigError
+from tramontane.models.transformer import build_model
+from tramontane.nn.attention import PackedSequences
+from tramontane.nn.rope import compute_rope
+
+ROUTER_STD = 0.02  # of normal and uniform routers: that of a new model
+_EXPERT = re.compile(r"(layers\.\d+\.feed_forward)\.experts\.(w[123])")
+_GATE = re.compile(r"layers\.\d+\.feed_forward\.gate\.weight")
+
+
+@dataclass(frozen=True)
+class UpcycleOptions:
+    """What becomes of each feed-forward network.
+
+    `virtual_groups` G cuts a network into G shards of its hidden units; there are num_experts / G
+    copies of each. `noise` is the deviation of what is added to each copy, as a share of the
+    matrix's own root mean square; the start is then no longer exact.
+    """
+
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    router_init: Literal["normal", "zeros", "uniform"] = "normal"
+    noise: float = 0.0
+    virtual_groups: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_experts", "num_experts_per_tok", "virtual_groups")
+        if not 0 <= self.noise < math.inf:
+            raise ConfigError(f"noise is {self.noise}; it must be zero or above")
+        if self.router_init not in ("normal", "zeros", "uniform"):
+            raise ConfigError(
+                f"router_init is {self.router_init!r}; choose normal, zeros or uniform"
+            )
+        for name in ("num_experts", "num_experts_per_tok"):
+            value = getattr(self, name)
+            if value % self.virtual_groups:
+                raise ConfigError(
+                    f"{name} is {value}, no multiple of virtual_groups, {self.virtual_groups}: a "
+                    "token has to take all shards of a network, or the start is another function"
+                )
+
+
+def plan_upcycled(dense: ModelConfig, options: UpcycleOptions) -> ModelConfig:
+    """What the dense model becomes. Raises ConfigError if it cannot."""
+    if dense.moe is not None:
+        raise ConfigError(
+            f"the model is a mixture of {dense.moe.num_experts} experts already; upcycling starts "
+            "from a dense one"
+        )
+    if dense.hidden_dim % options.virtual_groups:
+        raise ConfigError(
+            f"hidden_dim is {dense.hidden_dim}, no multiple of virtual_groups, "
+            f"{options.virtual_groups}"
+        )
+    moe = MoeConfig(
+        num_experts=options.num_experts, num_experts_per_tok=options.num_experts_per_tok
+    )
+    return replace(dense, hidden_dim=dense.hidden_dim // options.virtual_groups, moe=moe)
+
+
+class UpcycledParameters:
+    """Those of the mixture of experts, made from the dense model's as they are asked for."""
+
+    def __init__(self, dense: Parameters, config: ModelConfig, options: UpcycleOptions) -> None:
+        """`config` is the dense model's."""
+        self._dense, self._config, self._options = dense, config, options
+        self._last: tuple[str, Tensor] = ("", torch.empty(0))  # each matrix is asked for E times
+
+    def read(self, parameter: str, expert: int | None = None) -> Tensor:
+        """See `checkpoint.parameters.Parameters`."""
+        if _GATE.fullmatch(parameter):
+            return self._make_gate(parameter)
+        match = _EXPERT.fullmatch(parameter)
+        if match is None:
+            return self._dense.read(parameter)
+        if expert is None:
+            experts = range(self._options.num_experts)
+            return torch.stack([self.read(parameter, e) for e in experts])
+        return self._make_expert(f"{match[1]}.{match[2]}.weight", match[2], expert)
+
+    def _make_gate(self, name: str) -> Tensor:
+        """(E, D): a row for each copy of the network, repeated for its shards, which lie together.
+
+        Equal rows give equal logits, and of equal ones the first win: shards are taken as a whole.
+        """
+        options = self._options
+        gate = torch.zeros(options.num_experts // options.virtual_groups, self._config.dim)
+        bound = ROUTER_STD * 3**0.5
+        if options.router_init == "normal":
+            gate.normal_(0.0, ROUTER_STD, generator=self._seed(name))
+        elif options.router_init == "uniform":
+            gate.uniform_(-bound, bound, generator=self._seed(name))
+        return gate.repeat_interleave(options.virtual_groups, dim=0)
+
+    def _make_expert(self, name: str, matrix: str, expert: int) -> Tensor:
+        """w1 and w3 (F, D), w2 (D, F): a shard of the dense one, w2 times the number of shards."""
+        if self._last[0] != name:
+            self._last = (name, self._dense.read(name))
+        options, weight = self._options, self._last[1]
+        count = options.virtual_groups
+        shard = weight.chunk(count, dim=1 if matrix == "w2" else 0)[expert % count]
+        if matrix == "w2" and count > 1:
+            shard = shard * count
+        if options.noise == 0:
+            return shard
+        size = options.noise * shard.float().pow(2).mean().sqrt()
+        noise = torch.empty(shard.shape).normal_(generator=self._seed(f"{name}.{expert}"))
+        return (shard + size * noise).to(shard.dtype)
+
+    def _seed(self, name: str) -> torch.Generator:
+        """A generator of its own for each tensor: their order plays no part."""
+        word = zlib.crc32(f"{self._options.seed}.{name}".encode())  # torch reads 32 bits of a seed
+        return torch.Generator().manual_seed(word)
+
+
+@torch.no_grad()
+def compute_layered_logits(
+    parameters: Parameters, config: ModelConfig, prompts: Sequence[Tensor]
+) -> Tensor:
+    """Logits (T, V) in fp32 of prompts, (T,) together, with one layer at a time in memory."""
+    model = build_model(config, device="meta").eval()
+    tokens = torch.cat(list(prompts))
+    seqlens = [len(prompt) for prompt in prompts]
+    positions = torch.cat([torch.arange(n) for n in seqlens])
+    rope = compute_rope(positions, head_dim=config.head_dim, theta=config.rope_theta)
+    state = PackedSequences(seqlens)
+    x = parameters.read("tok_embeddings.weight")[tokens].float()
+    for number, layer in enumerate(model.layers):
+        _fill(layer, parameters, f"layers.{number}.")
+        x, _ = layer(x, rope, state)
+        layer.to("meta")
+    _fill(model.norm, parameters, "norm.")
+    head = "tok_embeddings.weight" if config.tie_embeddings else "output.weight"
+    logits: Tensor = model.norm(x) @ parameters.read(head).float().t()
+    return logits
+
+
+def _fill(module: torch.nn.Module, parameters: Parameters, prefix: str) -> None:
+    names = module.state_dict().keys()
+    values = {name: parameters.read(prefix + name).float() for name in names}
+    module.load_state_dict(values, assign=True)
+
+
+def make_prompts(vocab_size: int, *, count: int = 4, length: int = 32) -> list[Tensor]:
+    """Fixed prompts of random ids, spread over the vocabulary: any model can be asked them."""
+    generator = torch.Generator().manual_seed(0)
+    return list(torch.randint(vocab_size, (count, length), generator=generator))
