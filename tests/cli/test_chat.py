@@ -2,7 +2,6 @@
 
 import io
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +133,8 @@ def test_a_message_that_gets_no_answer_is_forgotten(
     assert "the context of this model holds 256" in capsys.readouterr().err
     first = llm.stream_chat([{"role": "user", "content": "Hello"}], SamplingParams(temperature=0))
     token = next(iter(first)).token_id
-    llm.generation_config = replace(llm.generation_config, eos_ids=frozenset({token}))
+    params = SamplingParams(temperature=0, max_tokens=6, stop_token_ids=(token,))
+    repl = Repl(llm, params, use_chat=True)
     repl.handle_line("Hello")
     repl.handle_line("Hello")
     assert prompts == [BOS + encode("[user]Hello")] * 3

@@ -48,7 +48,7 @@ def test_a_model_that_is_not_there_ends_the_server(tmp_path, capsys, monkeypatch
     assert run_command(["serve", str(tmp_path / "absent"), "--port", "0"]) == 1
     err = capsys.readouterr().err
     assert re.search(r"listening    http://127\.0\.0\.1:\d+", err)
-    assert "1 API keys" in err
+    assert "API keys: 1" in err
     assert "error: " in err
     assert KEY not in err
 

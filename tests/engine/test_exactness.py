@@ -16,6 +16,7 @@ from tests.engine.sequences import (
     make_engine,
     make_sequence,
     make_sequences,
+    run_to_end,
 )
 from tests.tiny import make_config, make_model, make_tokens
 from tramontane import LLM
@@ -132,6 +133,25 @@ def test_several_answers_to_one_prompt_are_those_of_each_seed(kernels):
         answers = [sequence.build_completion() for sequence in sequences]
         assert [answer.index for answer in answers] == list(range(5))
         assert_equal(answers, [a for [a] in alone], bits=kernels == "native")
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_num_seqs": 2, "max_num_batched_tokens": 16}])
+def test_what_is_known_of_the_prompt_is_known_to_all_its_answers(limits, choose_kernels):
+    choose_kernels("native")
+    model, prompt = make_model(), PROMPTS[4]
+    params = SamplingParams(seed=3, n=4, max_tokens=6, prompt_logprobs=1)
+    sequences = make_sequences(prompt, params, routing="all", wants_embedding=True)
+    engine = make_engine(model, **limits)
+    run_to_end(engine, sequences[0])
+    answers = [sequence.build_completion() for sequence in sequences]
+    for answer in answers:
+        assert answer.error is None
+        assert answer.prompt_logprobs == answers[0].prompt_logprobs
+        assert len(answer.prompt_logprobs) == len(prompt)
+        assert answer.embedding.tolist() == pytest.approx(answers[0].embedding.tolist())
+        assert len(answer.selected_experts) == len(prompt) + answer.num_completion_tokens - 1
+        ran = answer.selected_experts[: len(prompt)]
+        assert ran.tolist() == answers[0].selected_experts[: len(prompt)].tolist()
 
 
 def test_drafts_change_nothing(kernels):

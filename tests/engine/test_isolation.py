@@ -12,6 +12,7 @@ from tests.engine.sequences import (
     run_to_end,
 )
 from tests.tiny import make_model, make_tokens
+from tramontane.engine import output_processor
 from tramontane.engine.block_manager import BlockManager
 from tramontane.engine.model_runner import ModelRunner
 from tramontane.engine.sampling_params import SamplingParams
@@ -60,7 +61,7 @@ def test_a_pass_that_fails_ends_the_requests_in_it(model, alone, monkeypatch, ca
         assert sequence.finish_reason == "error"
         kind = CapacityError if isinstance(error, CapacityError) else EngineError
         assert isinstance(sequence.error, kind)
-        assert "odd" in str(sequence.error)
+        assert ("odd" in str(sequence.error)) == (kind is CapacityError)  # ours are told
     if late.error is None:
         assert late.build_completion().token_ids == tuple(alone[1])
     num_failed = sum(s.error is not None for s in [*sequences, late])
@@ -79,8 +80,21 @@ def test_a_sampler_that_fails_ends_its_own_request(model, alone, method):
     setattr(broken.sampler, method, fail)
     run_to_end(engine, *sequences, broken)
     assert isinstance(broken.error, EngineError)
-    assert "ZeroDivisionError: of the sampler" in str(broken.error)
+    assert "(ZeroDivisionError; see its log)" in str(broken.error)
+    assert str(broken.error.__cause__) == "of the sampler"
     assert [list(s.build_completion().token_ids) for s in sequences] == alone
+
+
+@pytest.mark.parametrize("name", ["choose_tokens", "_list_parts"])
+def test_a_defect_after_the_pass_ends_the_requests_in_it(model, alone, monkeypatch, name):
+    engine = make_engine(model)
+    sequences = [make_sequence(prompt) for prompt in PROMPTS]
+    break_at(monkeypatch, output_processor, name, 3, AttributeError("odd"))
+    run_to_end(engine, *sequences)
+    assert {type(sequence.error) for sequence in sequences} == {EngineError}
+    late = make_sequence(PROMPTS[1])
+    run_to_end(engine, late)
+    assert list(late.build_completion().token_ids) == alone[1]
 
 
 def test_a_decoder_that_fails_ends_its_own_request(model, alone):

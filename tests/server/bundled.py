@@ -77,6 +77,6 @@ def serve_bundled(keys: Path, *flags: str) -> Iterator[Served]:
         process.wait()
     assert "Traceback" not in rest
     text = "".join(said) + rest
-    assert "2 API keys" in text
+    assert "API keys: 2" in text
     assert "temperature 0.7" in text  # what generation_config.json set is announced
     assert not any(key in text for key in KEYS)

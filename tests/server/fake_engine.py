@@ -53,6 +53,7 @@ class FakeEngine:
     failures: dict[int, Exception] = field(default_factory=dict)
     refusal: TramontaneError | None = None
     is_alive: bool = True
+    keeps_requests: bool = True  # for tests that look at them; else the last alone
     model: SimpleNamespace = field(default_factory=make_facts)
 
     def __post_init__(self) -> None:
@@ -74,6 +75,8 @@ class FakeEngine:
             raise ContextError("the prompt does not fit")
         if len(self.running) >= self.max_running and self.num_waiting >= self.max_waiting:
             raise OverloadError(f"{self.num_waiting} requests wait, as many as may")
+        if not self.keeps_requests:
+            self.requests.clear()
         self.requests.append(request)
         self.num_waiting += 1
         return FakeStream(self, request)

@@ -68,7 +68,7 @@ def try_operation(live, method: str, path: str, mode: GenerationMode, num_exampl
 def test_a_few_requests_of_each_kind(live, method, path, mode):
     """A11, shortly."""
     has_body = "requestBody" in DOCUMENT["paths"][path][method.lower()]
-    try_operation(live, method, path, mode, 20 if has_body else 3)
+    try_operation(live, method, path, mode, 15 if has_body else 2)
 
 
 @pytest.mark.slow

@@ -114,7 +114,8 @@ def _announce_start(settings: ServerSettings, name: str, port: int) -> None:
     keys = len(settings.api_keys)
     say(f"listening    http://{host}:{port}")
     say(f"model        {names}: loading")
-    say(f"access       {f'{keys} API keys' if keys else 'no API key: open to this machine'}")
+    access = f"API keys: {keys}" if keys else "no API key: open to this machine"
+    say(f"access       {access}")
     if not is_loopback(settings.host):
         say("warning      the connection is not encrypted: put a TLS proxy in front")
     say(

@@ -37,6 +37,7 @@ class Answer:
         params = request.params
         self.prompt_logprobs: list[TokenLogprob | None] = [None]
         self.hidden_sum: np.ndarray | None = None  # (D,) float64
+        self._num_summed = 0
         self._request, self._choice = request, choice
         self._num_prompt_tokens = len(request.prompt_ids)
         self._eos_ids = frozenset() if params.ignore_eos else eos_ids
@@ -56,6 +57,12 @@ class Answer:
         self._started_at: float | None = None
         self._first_token_at: float | None = None
         self._last_token_at = self._arrived_at
+
+    def inherit_prompt(self, other: "Answer") -> None:
+        """Take over what is known of the prompt from the answer that ran it."""
+        self.prompt_logprobs = list(other.prompt_logprobs)
+        self.hidden_sum, self._num_summed = other.hidden_sum, other._num_summed
+        self._routing, self._num_routed = other._routing.copy(), other._num_routed
 
     def note_start(self, num_kept: int) -> None:
         """The sequence runs for the first time, or again, with so many tokens kept."""
@@ -108,8 +115,14 @@ class Answer:
             self._routing.append((experts[skipped:], weights[skipped:]))
             self._num_routed += len(experts) - skipped
 
-    def add_hidden(self, total: np.ndarray) -> None:
-        """Add to the sum of the prompt's final hidden states, (D,) float64."""
+    def add_hidden(self, start: int, hidden: np.ndarray) -> None:
+        """Sum the final hidden states (T, D) float64 of the tokens at `start` and on: the prompt's.
+
+        What has run before, and runs again after a preemption, is in the sum already.
+        """
+        new = hidden[self._num_summed - start : self._num_prompt_tokens - start]
+        self._num_summed += len(new)
+        total = new.sum(0)
         self.hidden_sum = total if self.hidden_sum is None else self.hidden_sum + total
 
     def take_pieces(self, *, with_experts: bool, limit: int | None) -> list[TextPiece]:

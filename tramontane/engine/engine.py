@@ -131,11 +131,11 @@ class Engine:
                 self._pool.copy_blocks(copies)
             given = self._runner.prepare(shares)
             output = self._runner.run(given)
+            return self._outputs.process(shares, given, output)
         except Exception as error:  # whatever it is, those that were not in this pass go on
             return [
                 failed for sequence, _ in shares for failed in self._scheduler.fail(sequence, error)
             ]
-        return self._outputs.process(shares, given, output)
 
 
 def _count_blocks(model: Transformer, limits: EngineLimits) -> int:

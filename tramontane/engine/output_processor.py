@@ -113,7 +113,7 @@ class OutputProcessor:
             self._record_prompt_logprobs(sequence, rows)
         if sequence.request.wants_embedding:
             hidden = output.hidden[part.start : part.start + num_tokens]
-            sequence.answer.add_hidden(hidden.double().sum(0).cpu().numpy())
+            sequence.answer.add_hidden(sequence.num_computed_tokens, hidden.double().cpu().numpy())
         self._advance(part, routing, start=0, num_tokens=num_tokens)
         if not sequence.params.max_tokens and not sequence.num_pending_tokens:
             sequence.finish("length")

@@ -118,8 +118,11 @@ class Scheduler:
             return []
         if not isinstance(error, TramontaneError):
             _log.error("a request failed", exc_info=error)
-            cause = f"{type(error).__name__}: {error}"
-            error = EngineError(f"the engine failed while it ran this request ({cause})")
+            cause, name = error, type(error).__name__  # its text is not for callers
+            error = EngineError(
+                f"the engine failed while it ran this request ({name}; see its log)"
+            )
+            error.__cause__ = cause
         failed = [sequence, *sequence.take_siblings()]
         for one in failed:
             one.finish("error", error)
@@ -136,6 +139,7 @@ class Scheduler:
         self._number(child)
         self._blocks.fork(sequence, child)
         child.start(sequence.num_prompt_tokens)
+        child.answer.inherit_prompt(sequence.answer)
         self.running.append(child)
         return True
 

@@ -41,7 +41,7 @@ def visit(browser: Any) -> Iterator[Visit]:
         context = browser.new_context(viewport=viewport, accept_downloads=True, **options)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(30_000)
         page.on("console", lambda message: note_message(message))
         page.on("pageerror", lambda error: problems.append(f"raised {error}"))
         page.on("dialog", lambda dialog: problems.append(f"dialog {dialog.message}"))
@@ -75,7 +75,7 @@ def wait_for_answer(page: Any) -> None:
 
 def wait_until(condition: Callable[[], bool], page: Any) -> None:
     """Of something that the page or the server does soon."""
-    end = time.monotonic() + 15
+    end = time.monotonic() + 30
     while not condition():
-        assert time.monotonic() < end, "it did not happen in 15 seconds"
+        assert time.monotonic() < end, "it did not happen in 30 seconds"
         page.wait_for_timeout(10)

@@ -93,3 +93,4 @@ def test_the_policy_trusts_the_server_alone():
     assert sources["default-src"] == ["'none'"]
     assert "'unsafe-inline'" not in POLICY
     assert "'unsafe-eval'" not in POLICY
+    assert sources["trusted-types"] == ["'none'"]
