@@ -5,19 +5,24 @@ A mutated folder either loads as a whole or is refused by an error of ours; noth
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.checkpoint.layouts import save_gguf, save_hf_sharded, save_mistral
 from tests.tiny import make_config, make_model
 from tramontane.checkpoint.gguf import describe_for_gguf, parse_gguf_config
 from tramontane.checkpoint.loader import load_model
 from tramontane.checkpoint.summary import summarize
+from tramontane.checkpoint.writer import save_model
+from tramontane.config import MoeConfig
 from tramontane.errors import CheckpointError, ConfigError
+from tramontane.models.transformer import Transformer
 
 _VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2, 3, 7, 8, 9, 64, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, "", "x",
@@ -53,10 +58,18 @@ def mutate(content: str, random: Random) -> bytes:
     return bytes(encoded)
 
 
+def save_ours(model: Transformer, folder: Path) -> Path:
+    """A model of the same size that is no Mixtral."""
+    moe = MoeConfig(8, 2, router="st_moe", residual=True, layer_experts=(4, 8))
+    save_model(make_model(replace(model.config, moe=moe)), folder, dtype=torch.float32)
+    return folder
+
+
 SAVERS: dict[str, tuple[Callable[..., Path], str]] = {
     "config.json": (save_hf_sharded, "config.json"),
     "index": (save_hf_sharded, "model.safetensors.index.json"),
     "params.json": (save_mistral, "params.json"),
+    "config.json, ours": (save_ours, "config.json"),
 }
 
 

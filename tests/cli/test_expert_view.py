@@ -46,6 +46,14 @@ def test_load_counts_choices_per_layer_and_expert():
     assert load.tolist() == [[2, 1, 1, 0], [1, 0, 2, 1]]
 
 
+def test_slots_that_a_router_left_empty_are_nobodys():
+    experts = np.array([[[0, -1]], [[2, 0]], [[-1, -1]]], dtype=np.int16)  # (T, L, K)
+    assert count_expert_load(experts, num_experts=3).tolist() == [[2, 0, 1]]
+    assert draw_expert_load(np.zeros((1, 3), dtype=int), use_unicode=False).isascii()
+    painter = make_painter(0, use_color=False)
+    assert painter.paint(make_piece(-1, 3, 3, 3)) == "[e-]word"
+
+
 def test_picture_has_a_row_per_layer_and_marks_the_busiest():
     picture = draw_expert_load(np.array([[4, 2, 1, 1], [2, 2, 2, 2]]), use_unicode=True)
     rows = picture.splitlines()

@@ -47,7 +47,7 @@ def assert_same_bits(model: Transformer) -> None:
             assert torch.equal(output.best, output.logits.argmax(1))
             ours = zip(output.weights, output.experts, output.router_logits, strict=True)
             for routing, theirs in zip(ours, expected.routing, strict=True):
-                assert all(torch.equal(a, b) for a, b in zip(routing, theirs, strict=True))
+                assert all(torch.equal(a, b) for a, b in zip(routing, theirs[:3], strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

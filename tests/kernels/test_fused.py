@@ -155,6 +155,9 @@ LOADS = {
     "at the step of rows": torch.full((64, 1), 7),
     "one token": torch.tensor([[2, 5]]),
     "no token": torch.empty(0, 2, dtype=torch.int64),
+    "some slots unused": torch.tensor([[0, -1], [2, 3], [-1, -1], [-1, 0], [3, 2]]).repeat(30, 1),
+    "no slot used": torch.full((7, 2), -1),
+    "one token, unused": torch.tensor([[-1]]),
 }
 
 
@@ -163,6 +166,32 @@ LOADS = {
 def test_moe_experts(load: str, dtype: torch.dtype) -> None:
     inputs = draw_experts(LOADS[load])
     assert_equal_kernels("moe_experts", inputs, dtype, fp32_inputs=[1])
+
+
+@pytest.mark.parametrize("load", ["odd", "one token", "some slots unused", "no slot used"])
+def test_moe_experts_gradcheck_in_float64(load: str) -> None:
+    """Dropless, and with slots that a router left empty: every gradient is that of the values."""
+    experts = LOADS[load][:9]
+    sizes = {"num_experts": 6, "dim": 4, "hidden_dim": 3}
+    x, weights, _, *matrices = (
+        i.double() if i.is_floating_point() else i for i in draw_experts(experts, **sizes)
+    )
+    leaves = [x, weights, *matrices]
+
+    def run(x: Tensor, weights: Tensor, *matrices: Tensor) -> Tensor:
+        y = fused.moe_experts(x, weights, experts, *matrices)
+        torch.testing.assert_close(y, reference.moe_experts(x, weights, experts, *matrices))
+        return y
+
+    assert torch.autograd.gradcheck(run, [leaf.requires_grad_() for leaf in leaves])
+
+
+def test_an_unused_slot_adds_nothing() -> None:
+    x, weights, experts, *matrices = draw_experts(torch.tensor([[1, -1], [-1, -1]]))
+    y = fused.moe_experts(x, weights, experts, *matrices)
+    one = fused.moe_experts(x[:1], weights[:1, :1], experts[:1, :1], *matrices)
+    assert torch.equal(y[0], one[0])
+    assert y[1].abs().sum() == 0
 
 
 @pytest.mark.skipif(

@@ -92,7 +92,7 @@ def test_rows_of_padding_never_reach_the_output(choose_kernels: Callable[[str], 
     x = draw_hidden(65)
     routing = layer.gate(x)
     alone = torch.cat([
-        layer.experts(x[t : t + 1], type(routing)(*(part[t : t + 1] for part in routing)))
+        layer.experts(x[t : t + 1], type(routing)(*(part[t : t + 1] for part in routing[:3])))
         for t in range(65)
     ])  # fmt: skip
     torch.testing.assert_close(layer.experts(x, routing), alone, rtol=1e-5, atol=1e-6)

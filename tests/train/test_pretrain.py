@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,15 @@ import torch
 from tests.tiny import make_config, make_model
 from tramontane.checkpoint.loader import load_model
 from tramontane.data.token_files import TokenFile
-from tramontane.errors import CapacityError, CheckpointError, ConfigError, DataError
+from tramontane.engine.llm import LLM
+from tramontane.engine.sampling_params import SamplingParams
+from tramontane.errors import (
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    RequestError,
+)
 from tramontane.tokenizer.loading import load_tokenizer
 from tramontane.train.flops import count_flops_per_token
 from tramontane.train.held_out import measure_held_out
@@ -151,6 +160,37 @@ def test_resumed_in_bf16_equals_the_unbroken_run(settings: dict[str, Any]) -> No
     ours = load_model(resumed).state_dict()
     theirs = load_model(out.with_name("whole") / "model").state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("name", ["switch", "biased_top_k", "sparse_mixer_v2"])
+def test_models_with_other_routers_are_trained_saved_and_resumed(
+    settings: dict[str, Any], name: str
+) -> None:
+    """T01, S-17: from settings as in a TOML file, a residual pyramid, to a folder that loads."""
+    settings["dtype"] = "bfloat16"
+    settings["model"]["moe"] = {
+        "num_experts": 8, "num_experts_per_tok": 1 if name == "switch" else 2, "router": name,
+        "residual": True, "layer_experts": [4, 8],
+    }  # fmt: skip
+    config = load_pretrain_config(None, settings)
+    whole = pretrain(config, Recorder())
+    assert whole is not None
+    out = Path(settings["out"])
+    out.rename(out.with_name("whole"))
+    pretrain(config, Recorder())
+    shutil.rmtree(out / "checkpoints" / "step-6")
+    resumed = pretrain(config, Recorder(), resume=True)
+    assert resumed is not None
+    model = load_model(resumed)
+    theirs = load_model(out.with_name("whole") / "model").state_dict()
+    assert all(torch.equal(value, theirs[key]) for key, value in model.state_dict().items())
+    assert model.config == config.model
+    if name == "biased_top_k":
+        assert model.layers[1].feed_forward.gate.expert_bias.abs().max() > 0
+    llm, params = LLM(resumed), SamplingParams(max_tokens=5, temperature=0)
+    assert llm.generate("the cat", params).num_completion_tokens > 0
+    with pytest.raises(RequestError, match=f"this model's router is '{name}'"):
+        llm.generate("the cat", replace(params, experts_per_token=2))
 
 
 def test_resume_refuses_changed_settings(settings: dict[str, Any]) -> None:

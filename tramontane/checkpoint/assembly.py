@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tramontane.checkpoint.files.stored_tensor import DTYPES
 from tramontane.checkpoint.names import ExpectedTensor, NameTable
 from tramontane.checkpoint.parameters import Parameters
 from tramontane.config import ModelConfig
@@ -31,6 +32,11 @@ class Assembly:
     def list_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape by name; a tied head is not there."""
         return {name: tensor.shape for name, tensor in self._expected.items()}
+
+    def list_exceptions(self) -> dict[str, torch.dtype]:
+        """The dtype of tensors that have one of their own, by name."""
+        tensors = self._expected.items()
+        return {name: DTYPES[t.encoding] for name, t in tensors if t.encoding is not None}
 
     def build(self, name: str) -> Tensor:
         """The values of one tensor, a view where that is possible."""

@@ -29,13 +29,14 @@ from tramontane.checkpoint.hf import HUGGING_FACE
 from tramontane.checkpoint.layout import Container, Contents, Formats, Layout
 from tramontane.checkpoint.mistral import MISTRAL
 from tramontane.checkpoint.names import STRIPED_HYENA, NameTable, TensorMap
+from tramontane.checkpoint.ours import OURS
 from tramontane.checkpoint.quantized import QUANTIZED
 from tramontane.checkpoint.side_files import check_side_files
 from tramontane.config import ModelConfig
 from tramontane.errors import CheckpointError
 
 _LOG = logging.getLogger(__name__)
-LAYOUTS: tuple[Layout, ...] = (HUGGING_FACE, MISTRAL, GGUF, QUANTIZED)
+LAYOUTS: tuple[Layout, ...] = (HUGGING_FACE, MISTRAL, GGUF, OURS, QUANTIZED)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ D dim, F hidden_dim, E experts, H heads, G kv heads, S head_dim.
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tramontane.checkpoint.changes import SAME, TRANSPOSE, Change, pair_halves
 from tramontane.checkpoint.files.stored_tensor import StoredTensor
-from tramontane.config import ModelConfig
+from tramontane.config import ModelConfig, MoeConfig
+from tramontane.errors import CheckpointError
 
 
 class Dim(NamedTuple):
@@ -81,6 +82,8 @@ class NameTable:
     `expert_form` is how experts lie: `each` one tensor per expert and matrix; `stacked` (E, F, D)
     and, for w2, (E, D, F); `flat` (E*F, D) with w2 transposed, as in the torrent; `fused` w1 over
     w3, (E, 2F, D), under the name of w1. `fields` are the configuration's own words for ours.
+    `extras` are what routers and layouts beside Mixtral's keep in a layer, ours -> theirs; a table
+    without them has no names for such models.
     """
 
     title: str
@@ -99,13 +102,14 @@ class NameTable:
     fields: Mapping[str, str]
     derived: str = ""  # ends the names of tensors that follow from the configuration
     factors: str = ""  # ends the names of factors of RoPE's frequencies, which have to be one
+    extras: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
         """Matches every name of the table; groups `layer` and `expert` are the numbers in it."""
         in_layer = [
             *self.attention.values(), self.attention_norm, self.ffn_norm, *self.dense.values(),
-            self.gate, *self.experts.values(),
+            self.gate, *self.experts.values(), *self.extras.values(),
         ]  # fmt: skip
         spellings = dict.fromkeys(s for name in in_layer for s in self.list_spellings(name))
         escaped = [re.escape(name) for name in spellings]
@@ -162,6 +166,7 @@ class NameTable:
                 yield from (theirs + name for name in self.dense.values())
                 continue
             yield theirs + self.gate
+            yield from (theirs + self.extras[name] for name, _ in self._list_extras(config.moe))
             for name in self.experts.values():
                 if self.expert_form != "each":
                     yield theirs + name
@@ -170,7 +175,11 @@ class NameTable:
                     yield theirs + name.format(expert=expert)
 
     def map_tensors(self, config: ModelConfig) -> TensorMap:
-        """All tensors that a checkpoint of `config` has in this layout."""
+        """All tensors that a checkpoint of `config` has in this layout.
+
+        Raises CheckpointError on a sparse model that is no Mixtral, if the layout has none.
+        """
+        self._require_names(config)
         dim, vocab = self._dim("dim", config.dim), self._dim("vocab_size", config.vocab_size)
         tensors = {
             self.tok_embeddings: _whole("tok_embeddings.weight", vocab, dim),
@@ -188,8 +197,22 @@ class NameTable:
             if config.moe is None:
                 tensors.update(self._map_dense(config, theirs, ours))
             else:
-                tensors.update(self._map_experts(config, theirs, ours))
+                tensors.update(self._map_experts(config.for_layer(layer), theirs, ours))
         return tensors
+
+    def _require_names(self, config: ModelConfig) -> None:
+        if config.moe is not None and not config.moe.is_mixtral and not self.extras:
+            raise CheckpointError(
+                f"a model with moe.router {config.moe.router!r}, moe.residual "
+                f"{config.moe.residual} and moe.layer_experts {list(config.moe.layer_experts)} is "
+                f"no Mixtral: no other program runs it, and the layout {self.title} has no place "
+                "for it; keep it in the folder that training wrote"
+            )
+
+    def _list_extras(self, moe: MoeConfig) -> list[tuple[str, tuple[str, ...]]]:
+        """Our name below the layer's feed-forward part, and the dimensions, of what is extra."""
+        parameters, buffers = moe.list_extra_tensors()
+        return list((parameters | buffers).items()) if self.extras else []
 
     def _map_attention(self, config: ModelConfig, theirs: str, ours: str) -> NamedTensors:
         dim = self._dim("dim", config.dim)
@@ -219,6 +242,7 @@ class NameTable:
         experts = self._dim("num_experts", config.moe.num_experts)
         dim = self._dim("dim", config.dim)
         yield theirs + self.gate, _whole(f"{ours}.feed_forward.gate.weight", experts, dim)
+        yield from self._map_extras(config, config.moe, theirs, ours)
         for matrix, name in self.experts.items():
             parameter = f"{ours}.feed_forward.experts.{matrix}"
             dims = self._matrix_dims(config, matrix)
@@ -233,6 +257,24 @@ class NameTable:
             else:
                 parts = (Part(parameter, expert=e, index=e) for e in range(experts.size))
                 yield theirs + name, ExpectedTensor((experts, *dims), tuple(parts))
+
+    def _map_extras(
+        self, config: ModelConfig, moe: MoeConfig, theirs: str, ours: str
+    ) -> NamedTensors:
+        """Parameters in the weights' dtype; buffers, whose steps are small, in F32."""
+        sizes = {"dim": config.dim, "hidden_dim": config.hidden_dim, "num_experts": moe.num_experts}
+        _, buffers = moe.list_extra_tensors()
+        for name, fields in self._list_extras(moe):
+            dims = (self._dim(f, sizes[f]) if f in sizes else Dim(f, int(f)) for f in fields)
+            yield (
+                theirs + self.extras[name],
+                ExpectedTensor(
+                    tuple(dims),
+                    (Part(f"{ours}.feed_forward.{name}"),),
+                    reason=f"moe.router is {moe.router!r}, moe.residual {moe.residual}",
+                    encoding="F32" if name in buffers else None,
+                ),
+            )
 
     def _flatten_experts(self, config: ModelConfig, parameter: str, matrix: str) -> ExpectedTensor:
         assert config.moe is not None, config

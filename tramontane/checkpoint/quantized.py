@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tramontane.checkpoint import ours
 from tramontane.checkpoint.files.json_file import read_json
 from tramontane.checkpoint.files.stored_tensor import DTYPE_NAMES
 from tramontane.checkpoint.files.untrusted import shorten
@@ -42,20 +43,7 @@ class _OurNames(NameTable):
 
 
 OUR_NAMES = _OurNames(
-    title="tramontane, quantised",
-    tok_embeddings="tok_embeddings.weight",
-    norm="norm.weight",
-    output="output.weight",
-    layer="layers.{layer}.",
-    attention={w: f"attention.{w}.weight" for w in ("wq", "wk", "wv", "wo")},
-    attention_norm="attention_norm.weight",
-    ffn_norm="ffn_norm.weight",
-    dense={w: f"feed_forward.{w}.weight" for w in ("w1", "w2", "w3")},
-    gate="feed_forward.gate.weight",
-    experts={w: f"feed_forward.experts.{w}" for w in ("w1", "w2", "w3")},
-    expert_form="stacked",
-    rope_pairs="halves",
-    fields=HF.fields,
+    **vars(ours.OUR_NAMES) | {"title": "tramontane, quantised", "fields": HF.fields}
 )
 
 

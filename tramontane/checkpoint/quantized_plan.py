@@ -86,8 +86,12 @@ class FolderPlan:
                 experts = range(shape[0]) if len(shape) == 3 else [None]
                 units += [Unit(parameter, expert, source, num_bytes) for expert in experts]
             elif not is_tied:
-                units.append(Unit(parameter, None, source, TensorSpec(shape, self.dtype).num_bytes))
+                units.append(Unit(parameter, None, source, self._specs[parameter].num_bytes))
         return units
+
+    def find_dtype(self, parameter: str) -> torch.dtype:
+        """That of a parameter which is not packed."""
+        return self._specs[parameter].dtype
 
     @cached_property
     def shards(self) -> dict[str, list[str]]:

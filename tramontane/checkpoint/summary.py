@@ -22,6 +22,7 @@ from tramontane.checkpoint.grouping import INDEX_SUFFIX, recognize
 from tramontane.checkpoint.inference import infer_model
 from tramontane.checkpoint.intake import Checkpoint, find_checkpoint, open_checkpoint
 from tramontane.checkpoint.listing import Listing, parse_json_listing, parse_listing
+from tramontane.checkpoint.ours import count_fixed_bytes
 from tramontane.checkpoint.side_files import list_side_files
 from tramontane.config import PRESETS, ModelConfig, get_preset
 from tramontane.errors import CheckpointError, ConfigError
@@ -57,6 +58,7 @@ class Summary:
         count = self.config.count_parameters()
         num_bytes = sum(self.bytes_by_encoding.values())
         return asdict(self) | {
+            "config": self.config.to_dict(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "parameters": count.total,
             "active_parameters": count.active,
@@ -197,7 +199,7 @@ def summarize_checkpoint(checkpoint: Checkpoint, *, name: str) -> Summary:
 def _count_weight_bytes(checkpoint: Checkpoint) -> int:
     """What the weights take once loaded: packed where they run so, the others in their dtype."""
     config, formats, size = checkpoint.config, checkpoint.formats, checkpoint.dtype.itemsize
-    total = config.count_parameters().total * size
+    total = config.count_parameters().total * size + count_fixed_bytes(config)
     for name, shape in quantized.list_parameters(config).items():
         if name in formats:
             is_extra = config.tie_embeddings and name == quantized.OUR_NAMES.output

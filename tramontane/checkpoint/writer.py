@@ -17,6 +17,7 @@ from tramontane.checkpoint import hf, mistral
 from tramontane.checkpoint.assembly import Assembly, convert_values
 from tramontane.checkpoint.files.safetensors_file import write_tensors
 from tramontane.checkpoint.names import HF, MISTRAL, NameTable
+from tramontane.checkpoint.ours import OUR_NAMES
 from tramontane.checkpoint.parameters import Parameters, ParametersInMemory
 from tramontane.config import ModelConfig
 from tramontane.errors import CheckpointError
@@ -58,16 +59,20 @@ def save_model(
 ) -> None:
     """Write `model` to a Hugging Face folder in `dtype`, with its tokenizer and `extra_files`.
 
+    A sparse model that is no Mixtral is written in our own layout (`ours.py`).
     A folder that is there is replaced, as a whole and at the end. Raises CapacityError when the
     disk does not suffice and CheckpointError when `folder` cannot be written to, or when the model
     has parameters that this layout has no names for.
     """
     state = model.state_dict()
-    expected = HF.map_tensors(model.config)
+    moe = model.config.moe
+    table = HF if moe is None or moe.is_mixtral else OUR_NAMES
+    expected = table.map_tensors(model.config)
     known = {part.parameter for tensor in expected.values() for part in tensor.parts}
     if nameless := sorted(set(state) - known):
         raise CheckpointError(
-            f"a Hugging Face folder has no names for {nameless}; merge or remove them before saving"
+            f"a folder of the layout {table.title} has no names for {nameless}; merge or remove "
+            "them before saving"
         )
     write_hf(
         ParametersInMemory(state),
@@ -77,6 +82,7 @@ def save_model(
         tokenizer=tokenizer,
         extra_files={name: text.encode() for name, text in extra_files.items()},
         max_shard_bytes=max_shard_bytes,
+        table=table,
     )
 
 
@@ -90,12 +96,13 @@ def write_hf(
     token_ids: Mapping[str, int | list[int]] | None = None,
     extra_files: Mapping[str, bytes] = {},
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    table: NameTable = HF,
     on_tensor: OnTensor | None = None,
 ) -> None:
     """Write a Hugging Face folder; see `save_model`. `extra_files` are file name -> content.
 
-    `token_ids` are the bos_token_id and eos_token_id of config.json and generation_config.json;
-    None means the tokenizer's.
+    `table` may be that of our own layout. `token_ids` are the bos_token_id and eos_token_id of
+    config.json and generation_config.json; None means the tokenizer's.
     """
     if token_ids is None:
         token_ids = list_token_ids(tokenizer)
@@ -103,7 +110,7 @@ def write_hf(
     generation = {key: values[key] for key in ("bos_token_id", "eos_token_id")}
     files = {hf.CONFIG_FILE: values, GENERATION_CONFIG_FILE: generation}
     _write_folder(
-        Assembly(HF, config, parameters),
+        Assembly(table, config, parameters),
         Path(folder),
         dtype=dtype,
         stem=hf.SINGLE_FILE.removesuffix(".safetensors"),
@@ -162,11 +169,11 @@ def _write_folder(
     max_shard_bytes: int | None,
     on_tensor: OnTensor | None,
 ) -> None:
-    shapes = assembly.list_shapes()
-    total = sum(map(prod, shapes.values())) * dtype.itemsize
+    shapes, exceptions = assembly.list_shapes(), assembly.list_exceptions()
+    sizes = {n: prod(s) * exceptions.get(n, dtype).itemsize for n, s in shapes.items()}
+    total = sum(sizes.values())
     needed = total + sum(map(len, extra_files.values())) + _SMALL_FILES_BYTES
     with atomic_folder(folder, bytes_needed=needed) as new:
-        sizes = {name: prod(shape) * dtype.itemsize for name, shape in shapes.items()}
         shards = split_shards(sizes, stem=stem, max_bytes=max_shard_bytes or total)
         for name, names in shards.items():
             shard = {tensor: shapes[tensor] for tensor in names}
@@ -189,13 +196,15 @@ def _write_shard(
     dtype: torch.dtype,
     on_tensor: OnTensor | None,
 ) -> None:
+    exceptions = assembly.list_exceptions()
+
     def build(name: str) -> torch.Tensor:
-        values = convert_values(assembly.build(name), dtype, name=name)
+        values = convert_values(assembly.build(name), exceptions.get(name, dtype), name=name)
         if on_tensor is not None:
             on_tensor(name, values.numel() * values.element_size())
         return values
 
-    write_tensors(path, shapes, build, dtype=dtype)
+    write_tensors(path, shapes, build, dtype=dtype, exceptions=exceptions)
 
 
 def split_shards(sizes: Mapping[str, int], *, stem: str, max_bytes: int) -> dict[str, list[str]]:

@@ -32,9 +32,12 @@ class ExpertPainter:
 
     def paint(self, piece: TextPiece) -> str:
         """The piece with its mark; the last token of an answer has no expert and stays plain."""
-        if piece.selected_experts is None:
+        expert = -1  # as where a router's capacity dropped a token
+        if piece.selected_experts is not None:
+            expert = int(piece.selected_experts[self._layer, 0])
+        if expert < 0:
             return piece.text if self._use_color else f"[e-]{piece.text}"
-        return self._mark(int(piece.selected_experts[self._layer, 0]), piece.text)
+        return self._mark(expert, piece.text)
 
     def build_legend(self) -> str:
         """One line that says what the marks mean."""
@@ -53,16 +56,19 @@ class ExpertPainter:
 
 
 def count_expert_load(selected_experts: np.ndarray, *, num_experts: int) -> np.ndarray:
-    """Experts (T, L, K) of T tokens -> how many tokens each expert of each layer saw, (L, E)."""
+    """Experts (T, L, K) of T tokens -> how many tokens each expert of each layer saw, (L, E).
+
+    Slots of -1 were not used.
+    """
     layers = selected_experts.transpose(1, 0, 2).reshape(selected_experts.shape[1], -1)
-    return np.stack([np.bincount(layer, minlength=num_experts) for layer in layers])
+    return np.stack([np.bincount(layer[layer >= 0], minlength=num_experts) for layer in layers])
 
 
 def draw_expert_load(load: np.ndarray, *, use_unicode: bool) -> str:
     """A bar for each expert (columns) of each layer (rows) of load (L, E); the highest is full."""
-    share = load / load.sum(1, keepdims=True)
+    share = load / np.maximum(1, load.sum(1, keepdims=True))
     bars = _BARS if use_unicode else _ASCII_BARS
-    heights = np.ceil(share / share.max() * (len(bars) - 1)).astype(int)
+    heights = np.ceil(share / max(share.max(), 1e-9) * (len(bars) - 1)).astype(int)
     is_spaced = load.shape[1] <= _MAX_EXPERTS_SPACED
     lines = [
         f"experts per layer, tallest bar {share.max():.0%} of a layer's choices, "

@@ -118,7 +118,7 @@ def _write_unit(unit: "Unit", values: "Tensor", folder: "QuantizedFolder") -> No
 
     format = folder.plan.formats.get(unit.parameter)
     if format is None:
-        plain = convert_values(values, folder.plan.dtype, name=unit.key)
+        plain = convert_values(values, folder.plan.find_dtype(unit.parameter), name=unit.key)
         folder.write(unit, {"": plain}, error=None)
         return
     try:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
+from tramontane.checkpoint.ours import count_fixed_bytes
 from tramontane.checkpoint.quantized import list_parameters
 from tramontane.config import ModelConfig
 from tramontane.engine.loading import parse_recipe
@@ -89,12 +90,13 @@ def find_longest_context(
 def count_weight_bytes(config: ModelConfig, *, quant: Quant, bytes_per_value: int = 2) -> int:
     """Bytes of all weights: to the byte what a loaded model holds."""
     total = config.count_parameters().total
+    fixed = count_fixed_bytes(config)
     if quant == "none":
-        return total * bytes_per_value
+        return total * bytes_per_value + fixed
     shapes = list_parameters(config)
     formats = choose_formats(shapes, parse_recipe(quant))
     packed = sum(format.count_bytes(shapes[name]) for name, format in formats.items())
-    return (total - sum(prod(shapes[name]) for name in formats)) * bytes_per_value + packed
+    return (total - sum(prod(shapes[name]) for name in formats)) * bytes_per_value + packed + fixed
 
 
 def _count_scratch_bytes(
@@ -102,7 +104,7 @@ def _count_scratch_bytes(
 ) -> int:
     """What one layer and the head hold at a time, for a chunk of a prompt or a decode step."""
     tokens = max(batch, min(context, PREFILL_TOKENS))
-    copies = config.moe.num_experts_per_tok if config.moe else 1
+    copies = config.moe.num_experts_per_tok + config.moe.residual if config.moe else 1
     heads = config.n_heads + 2 * config.n_kv_heads
     per_token = 4 * config.dim + heads * config.head_dim
     per_token += copies * (2 * config.dim + 3 * config.hidden_dim)

@@ -123,9 +123,12 @@ class LLM:
 
     @classmethod
     def from_parts(cls, model: Transformer, tokenizer: Tokenizer) -> Self:
-        """Around a model in memory, one in training for example. Raises CheckpointError."""
+        """Around a model in memory, one in training for example. Raises CheckpointError.
+
+        The model is put into evaluation mode: some routers draw random numbers in training.
+        """
         llm = cls.__new__(cls)  # not __init__, which reads files
-        llm.origin, llm.model, llm.tokenizer = "a model in memory", model, tokenizer
+        llm.origin, llm.model, llm.tokenizer = "a model in memory", model.eval(), tokenizer
         eos_ids = frozenset({tokenizer.eos_id})
         llm.generation_config = GenerationConfig(SamplingParams(), {}, eos_ids)
         llm._build_engine(EngineLimits(max_num_seqs=16), None)

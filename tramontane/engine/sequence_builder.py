@@ -75,9 +75,15 @@ class SequenceBuilder:
             raise RequestError(
                 f"experts_per_token is {asked}, but this model is dense: it has no experts"
             )
-        if asked > moe.num_experts:
+        if moe.router != "top_k":
             raise RequestError(
-                f"experts_per_token is {asked}; this model has {moe.num_experts} experts per layer"
+                f"experts_per_token is {asked}, but this model's router is {moe.router!r}, whose "
+                "number of experts is not to be chosen; leave it out"
+            )
+        fewest = min(moe.layer_experts, default=moe.num_experts)
+        if asked > fewest:
+            raise RequestError(
+                f"experts_per_token is {asked}; this model has {fewest} experts per layer"
             )
 
     def _build_one(self, request: Request, choice: int, matcher: Matcher | None) -> Sequence:

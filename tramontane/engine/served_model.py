@@ -43,7 +43,7 @@ def describe_model(
     expert_bytes = sum(
         _count_bytes(module.experts) for module in model.modules() if isinstance(module, MoeLayer)
     )
-    num_stored = moe.num_experts * config.n_layers if moe else 0
+    num_stored = moe.count_experts(config.n_layers) if moe else 0
     return ServedModel(
         name=name,
         max_seq_len=max_seq_len,

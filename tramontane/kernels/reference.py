@@ -1,7 +1,8 @@
 """The specification of every kernel in plain torch: slow, differentiable, obviously right.
 
 Shapes: T tokens, M keys, D dim, F hidden_dim, E experts, K experts per token, H heads, G kv heads,
-S head_dim, V vocabulary. Sums that matter are taken in fp32 and cast once, at the end.
+S head_dim, V vocabulary. Sums that matter are taken in fp32 and cast once, at the end; where the
+inputs are float64, as in checks of gradients, everything is.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,11 @@ from tramontane.kernels.sampling import GREEDY_BELOW, draw_token, filter_logits
 NO_EXPERT = -1  # in a slot that a token does not use
 
 
+def widen(x: Tensor) -> Tensor:
+    """In fp32, or in float64 if it is that: for sums that matter."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T: x (..., M), W (N, M), returns (..., N) in the dtype of x."""
     return F.linear(x, weight)
@@ -23,7 +29,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) in fp32, cast to the dtype of x (..., D), times weight (D,)."""
-    x_float = x.float()
+    x_float = widen(x)
     inverse_rms = torch.rsqrt(x_float.pow(2).mean(-1, keepdim=True) + eps)
     return (x_float * inverse_rms).to(x.dtype) * weight
 
@@ -34,7 +40,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Halves, not neighbours, form a pair, as in Hugging Face checkpoints; `checkpoint/` permutes the
     weights of the formats that pair neighbours.
     """
-    first, second = x.float().chunk(2, dim=-1)  # (T, H, S/2) each
+    first, second = widen(x).chunk(2, dim=-1)  # (T, H, S/2) each
     cos, sin = cos[:, None], sin[:, None]  # (T, 1, S/2)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(x.dtype)
@@ -56,7 +62,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = No
     hidden = key_at > query_at
     if window is not None:
         hidden = hidden | (key_at <= query_at - window)
-    scores = scores.float().masked_fill(hidden, float("-inf"))
+    scores = widen(scores).masked_fill(hidden, float("-inf"))
     return (torch.softmax(scores, dim=-1).to(q.dtype) @ v).transpose(0, 1)  # (T, H, S)
 
 
@@ -136,7 +142,7 @@ def top_k_routing(
     expert index comes first, which `torch.topk` alone does not promise. Token t has only counts[t]
     experts, 1 .. K, where int64 counts (T,) are given: its other slots hold weight 0, expert -1.
     """
-    ordered, experts = torch.sort(logits.float(), dim=-1, descending=True, stable=True)
+    ordered, experts = torch.sort(widen(logits), dim=-1, descending=True, stable=True)
     ordered, experts = ordered[:, :num_experts_per_tok], experts[:, :num_experts_per_tok]
     if counts is None:
         return torch.softmax(ordered, dim=-1), experts
@@ -156,7 +162,7 @@ def top_k_router(
 
     The product is in the dtype of x, the rest in fp32; see `top_k_routing`.
     """
-    logits = linear(x, weight).float()
+    logits = widen(linear(x, weight))
     weights, experts = top_k_routing(logits, num_experts_per_tok, counts)
     return weights, experts, logits
 
@@ -187,14 +193,14 @@ def moe_experts(
     """
     check_experts(experts, len(w1))
     num_slots = experts.shape[1]
-    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    y = torch.zeros_like(widen(x))
     for slot in range(num_slots):
         out = torch.zeros_like(x)
         for expert in range(w1.shape[0]):
             rows = torch.nonzero(experts[:, slot] == expert).flatten()  # (N,)
             hidden = F.silu(x[rows] @ w1[expert].t()) * (x[rows] @ w3[expert].t())  # (N, F)
             out = out.index_put((rows,), hidden @ w2[expert].t())
-        y = y + weights[:, slot, None] * out.float()
+        y = y + weights[:, slot, None] * widen(out)
     return y.to(x.dtype)
 
 
@@ -251,7 +257,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 
     hidden (T, D), weight (V, D), targets (T,) int64; tokens with target -100 do not count.
     """
-    logits = (hidden @ weight.t()).float()  # (T, V)
+    logits = widen(hidden @ weight.t())  # (T, V)
     return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
 
 

@@ -14,7 +14,7 @@ from tramontane.config import ModelConfig
 from tramontane.nn.attention import Attention, AttentionState, PackedSequences
 from tramontane.nn.feed_forward import FeedForward
 from tramontane.nn.linear import Linear
-from tramontane.nn.moe import MoeLayer
+from tramontane.nn.moe import build_moe_layer
 from tramontane.nn.norm import RMSNorm
 from tramontane.nn.rope import RopeAngles, compute_rope
 from tramontane.nn.router import Routing
@@ -30,13 +30,15 @@ class ForwardOutput(NamedTuple):
 class DecoderLayer(nn.Module):
     """h = x + attention(norm(x)); y = h + feed_forward(norm(h))."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.feed_forward = (
-            FeedForward(config) if config.moe is None else MoeLayer(config, config.moe)
+            FeedForward(config)
+            if config.moe is None
+            else build_moe_layer(config, config.moe, layer=layer)
         )
 
     def forward(
@@ -57,7 +59,9 @@ class Transformer(nn.Module):
         self.config = config
         embeddings = nn.init.uniform_(torch.empty(config.vocab_size, config.dim), -1.0, 1.0)
         self.tok_embeddings = nn.Embedding.from_pretrained(embeddings, freeze=False)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer=layer) for layer in range(config.n_layers)
+        )
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.output = Linear(config.dim, config.vocab_size)
         if config.tie_embeddings:

@@ -31,7 +31,8 @@ class StepTotals:
         for terms in batches:
             num_units += terms.num_units
             num_tokens += _count_tokens(terms)
-            more = [count_tokens_per_expert(layer) for layer in terms.routing]
+            mask = terms.token_mask
+            more = [count_tokens_per_expert(layer, mask=mask) for layer in terms.routing]
             counts = [a + b for a, b in zip(counts, more, strict=True)] if counts else more
             del terms  # its graph, before the next one is built
         return cls(num_units, num_tokens, tuple(c / max(1, num_tokens) for c in counts))
@@ -42,5 +43,7 @@ class StepTotals:
 
 
 def _count_tokens(terms: LossTerms) -> int:
-    """Tokens that were routed; 0 for a dense model."""
-    return len(terms.routing[0].logits) if terms.routing else 0
+    """Tokens that were routed, padding apart; 0 for a dense model."""
+    if not terms.routing or terms.token_mask is None:
+        return len(terms.routing[0].logits) if terms.routing else 0
+    return int(terms.token_mask.sum())

@@ -91,9 +91,9 @@ def _show(num_bytes: int) -> str:
 
 def _count_muon(config: ModelConfig) -> int:
     """Parameters that have one moment instead of two: the matrices of attention and experts."""
-    num_experts = config.moe.num_experts if config.moe else 0
+    num_experts = config.moe.count_experts(config.n_layers) if config.moe else 0
     outside = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
-    outside += config.dim * (2 * config.n_layers + 1) + config.n_layers * config.dim * num_experts
+    outside += config.dim * (2 * config.n_layers + 1) + config.dim * num_experts
     return config.count_parameters().total - outside
 
 

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Generic, Literal, NoReturn, Protocol, TypeVar
 
@@ -17,12 +17,23 @@ import torch
 from tramontane.config import require_positive
 from tramontane.errors import ConfigError, TrainingError
 from tramontane.models.transformer import Transformer
+from tramontane.nn.draws import read_draws, restore_draws
 from tramontane.train.accumulation import StepTotals
 from tramontane.train.checkpoint import Best, RunFolder
 from tramontane.train.diagnosis import find_bad_tensor
-from tramontane.train.losses import LossTerms, compute_load_balancing_loss, compute_router_z_loss
+from tramontane.train.event_log import EventLog
+from tramontane.train.health_report import write_health_page
+from tramontane.train.losses import (
+    CONVENTIONS,
+    Convention,
+    LossTerms,
+    compute_load_balancing_loss,
+    compute_router_entropy,
+    compute_router_z_loss,
+)
 from tramontane.train.optim import MasterOptimizer, compute_lr
-from tramontane.train.router_health import RouterHealth
+from tramontane.train.router_health import RouterHealth, RouterWatch, describe_layers
+from tramontane.train.router_state import move_biases, read_router_state, restore_router_state
 
 BatchT = TypeVar("BatchT")
 BatchT_co = TypeVar("BatchT_co", covariant=True)
@@ -52,13 +63,22 @@ class LoopConfig:
     with `step` their gradients are those of one large batch, at the price of a second forward pass;
     with `batch` each balances for itself. `keep_best` keeps the checkpoint with the lowest mean of
     the held-out scores beside the last `keep_checkpoints`.
+
+    The router's losses are explained in losses.py; `bias_update_rate` is the step of the biases of
+    the router biased_top_k. An expert without a token for `dead_expert_steps` raises an alarm.
     """
 
     num_steps: int = 1000
     accumulation: int = 1  # batches per step
     balance_over: Literal["step", "batch"] = "step"
     load_balancing_coef: float = 0.01
+    load_balancing: Convention = "hf"
     router_z_coef: float = 0.001
+    router_entropy_coef: float = 0.0
+    bias_update_rate: float = 0.001
+    dead_expert_steps: int = 50
+    health_every: int = 1
+    tensorboard: bool = True
     log_every: int = 10
     eval_every: int = 250
     sample_every: int = 500
@@ -67,7 +87,11 @@ class LoopConfig:
     keep_best: bool = True
 
     def __post_init__(self) -> None:
-        require_positive(self, "num_steps", "accumulation", "keep_checkpoints")
+        require_positive(self, "num_steps", "accumulation", "keep_checkpoints", "dead_expert_steps")
+        if self.load_balancing not in CONVENTIONS:
+            raise ConfigError(
+                f"load_balancing is {self.load_balancing!r}; choose {' or '.join(CONVENTIONS)}"
+            )
         if self.balance_over not in ("step", "batch"):
             raise ConfigError(f"balance_over is {self.balance_over!r}; choose step or batch")
 
@@ -87,6 +111,7 @@ class StepReport:
     lr: float
     num_units: int
     seconds: float
+    router_entropy: float = 0.0
     mfu: float | None = None
 
 
@@ -122,6 +147,7 @@ class Trainer(Generic[BatchT]):
     step: int = 0
     num_units_seen: int = 0
     saved_step: int | None = None  # of the newest checkpoint
+    _events: EventLog | None = field(default=None, init=False)
 
     def resume(self) -> None:
         """Go back to the newest checkpoint of the folder."""
@@ -138,16 +164,16 @@ class Trainer(Generic[BatchT]):
         Raises TrainingError if a loss or gradient is not finite: that step is not applied, and
         nothing is saved after it.
         """
-        health = RouterHealth()
-        with _stop_on_signal(self.observer.on_note) as stop:
+        watch = RouterWatch(self.config.dead_expert_steps)
+        with _stop_on_signal(self.observer.on_note) as stop, self._write_events():
             while self.step < self.config.num_steps and not stop.is_set:
+                health = RouterHealth()
                 report = self._run_step(health)
                 self.observer.on_step(report, self.config.num_steps)
-                if self._is_due(self.config.log_every):
-                    self._log(report, health)
-                    health = RouterHealth()
+                self._log(report, health, watch)
                 self._run_periodic()
             self._save_once()
+        write_health_page(self.folder.log_path, self.folder.path / "router_health.html")
         return self.step >= self.config.num_steps
 
     def save(self) -> None:
@@ -156,6 +182,7 @@ class Trainer(Generic[BatchT]):
             "step": self.step,
             "num_units_seen": self.num_units_seen,
             "source": self.source.state(),
+            "routers": read_router_state(self.model),
         }
         self.folder.save(self.optimizer, progress, keep=self.config.keep_checkpoints)
         self.saved_step = self.step
@@ -164,6 +191,8 @@ class Trainer(Generic[BatchT]):
         """All that a checkpoint restores beside the optimizer and its model's parameters."""
         self.step, self.num_units_seen = progress["step"], progress["num_units_seen"]
         self.source.load_state(progress["source"])
+        if "routers" in progress:  # not in checkpoints of earlier versions
+            restore_router_state(self.model, progress["routers"])
         self.saved_step = self.step
 
     def _save_once(self) -> None:
@@ -172,7 +201,9 @@ class Trainer(Generic[BatchT]):
 
     def _run_step(self, health: RouterHealth) -> StepReport:
         started = time.perf_counter()
-        sums = {"loss": 0.0, "load_balancing_loss": 0.0, "router_z_loss": 0.0}
+        self.model.train()  # some routers draw random numbers then
+        names = ("loss", "load_balancing_loss", "router_z_loss", "router_entropy")
+        sums = dict.fromkeys(names, 0.0)
         num_units = 0
         batches = [self.source.next_batch() for _ in range(self.config.accumulation)]
         totals = self._count(batches)
@@ -182,10 +213,11 @@ class Trainer(Generic[BatchT]):
             values = self._backward(terms, totals or StepTotals.add_up([terms]), batch)
             for name, value in values.items():
                 sums[name] += value
-            health.add(terms.routing)
+            health.add(terms.routing, mask=terms.token_mask)
         grad_norm = self.optimizer.average(max(1, num_units), step=self.step + 1)
         lr = compute_lr(self.step, num_steps=self.config.num_steps, config=self.optimizer.config)
         self.optimizer.step(lr)
+        move_biases(self.model, health.counts(), rate=self.config.bias_update_rate)
         self.step += 1
         self.num_units_seen += num_units
         means = {name: value / max(1, num_units) for name, value in sums.items()}
@@ -203,22 +235,33 @@ class Trainer(Generic[BatchT]):
 
     def _count(self, batches: Sequence[BatchT]) -> StepTotals | None:
         """What the router's losses have to know of the whole step, if that is more than a batch."""
-        has_router_terms = self.config.load_balancing_coef or self.config.router_z_coef
-        if len(batches) == 1 or self.config.balance_over == "batch" or not has_router_terms:
+        config = self.config
+        coefs = (config.load_balancing_coef, config.router_z_coef, config.router_entropy_coef)
+        if len(batches) == 1 or config.balance_over == "batch" or not any(coefs):
             return None
         if self.model.config.moe is None:
             return None
-        return StepTotals.add_up(self.compute_loss(self.model, batch) for batch in batches)
+        draws = read_draws(self.model)
+        totals = StepTotals.add_up(self.compute_loss(self.model, batch) for batch in batches)
+        restore_draws(self.model, draws)  # so that what is counted is what will be routed
+        return totals
 
     def _backward(self, terms: LossTerms, totals: StepTotals, batch: BatchT) -> dict[str, float]:
         """Gradients of the objective and the router terms, both as sums over the step's units."""
-        weight = totals.weigh(terms)
-        balancing = compute_load_balancing_loss(terms.routing, loads=totals.loads) * weight
-        router_z = compute_router_z_loss(terms.routing) * weight
-        total = terms.objective + self.config.load_balancing_coef * balancing
-        total = total + self.config.router_z_coef * router_z
-        values = (terms.objective.item(), balancing.item(), router_z.item())
-        named = dict(zip(("loss", "load_balancing_loss", "router_z_loss"), values, strict=True))
+        weight, mask, config = totals.weigh(terms), terms.token_mask, self.config
+        balancing = compute_load_balancing_loss(
+            terms.routing, loads=totals.loads, convention=config.load_balancing, mask=mask
+        )
+        values = {
+            "loss": terms.objective,
+            "load_balancing_loss": balancing * weight,
+            "router_z_loss": compute_router_z_loss(terms.routing, mask=mask) * weight,
+            "router_entropy": compute_router_entropy(terms.routing, mask=mask) * weight,
+        }
+        total = values["loss"] + config.load_balancing_coef * values["load_balancing_loss"]
+        total = total + config.router_z_coef * values["router_z_loss"]
+        total = total + config.router_entropy_coef * values["router_entropy"]
+        named = {name: value.item() for name, value in values.items()}
         if not torch.isfinite(total):
             self._refuse(named, batch)
         total.backward()
@@ -239,16 +282,17 @@ class Trainer(Generic[BatchT]):
     def _run_periodic(self) -> None:
         if self._is_due(self.config.save_every):  # first: what follows may fail
             self.save()
+        self.model.eval()
         is_last = self.step == self.config.num_steps and self.config.eval_every > 0
         if self.evaluate and (self._is_due(self.config.eval_every) or is_last):
             scores = self.evaluate(self.model)
-            self.folder.log({"step": self.step, "held_out_bits_per_byte": scores})
+            self._write({"step": self.step, "held_out_bits_per_byte": scores})
             shown = "  ".join(f"{domain} {bits:.3f}" for domain, bits in scores.items())
             best = "  (best so far)" if self._keep_if_best(fmean(scores.values())) else ""
             self.observer.on_note(f"step {self.step} held-out bits per byte: {shown}{best}")
         if self.sample and self._is_due(self.config.sample_every):
             text = self.sample(self.model)
-            self.folder.log({"step": self.step, "sample": text})
+            self._write({"step": self.step, "sample": text})
             self.observer.on_note(f"step {self.step} sample: {text}")
 
     def _keep_if_best(self, score: float) -> bool:
@@ -263,16 +307,39 @@ class Trainer(Generic[BatchT]):
     def _is_due(self, interval: int) -> bool:
         return interval > 0 and self.step % interval == 0
 
-    def _log(self, report: StepReport, health: RouterHealth) -> None:
+    def _log(self, report: StepReport, health: RouterHealth, watch: RouterWatch) -> None:
+        record: dict[str, Any] = {"step": report.step}
         layers = health.layers()
-        self.folder.log(
-            vars(report)
-            | {"num_units_seen": self.num_units_seen}
-            | {"expert_load": [[round(s, 4) for s in layer.shares] for layer in layers]}
-            | {"load_entropy": [round(layer.entropy, 4) for layer in layers]}
-        )
-        for alarm in health.find_alarms():
-            self.observer.on_note(f"step {self.step} router: {alarm}")
+        if layers and self._is_due(self.config.health_every):
+            record["router"] = describe_layers(layers)
+        if alarms := watch.observe(layers):
+            record["alarms"] = alarms
+        for alarm in alarms:
+            self.observer.on_note(f"step {report.step} router: {alarm}")
+        if self._is_due(self.config.log_every):
+            record |= vars(report) | {"num_units_seen": self.num_units_seen}
+        if len(record) > 1:
+            self._write(record)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        """A line in the log, and its numbers in TensorBoard's."""
+        self.folder.log(record)
+        if self._events is not None:
+            self._events.write(record)
+
+    @contextmanager
+    def _write_events(self) -> Iterator[None]:
+        """Keep TensorBoard's log open, if it is wanted."""
+        if not self.config.tensorboard:
+            yield
+            return
+        folder = self.folder.path / "tensorboard"
+        self._events = EventLog(folder, first_step=self.step + 1, say=self.observer.on_note)
+        try:
+            yield
+        finally:
+            self._events.close()
+            self._events = None
 
 
 @dataclass

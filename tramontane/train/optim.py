@@ -82,8 +82,9 @@ class MasterOptimizer:
             self._muon_names = [
                 name
                 for name, master in self.masters.items()
-                if name.startswith("layers.") and master.dim() > 1 and ".gate." not in name
-            ]
+                if name.startswith("layers.") and master.dim() > 1
+                and ".gate." not in name and ".mix." not in name
+            ]  # fmt: skip
         self._optimizers: list[torch.optim.Optimizer] = [self._build_adamw()]
         if self._muon_names:
             self._optimizers.append(self._build_muon())

@@ -4,6 +4,7 @@ OUT/tokenizer/   the vocabulary, learnt from the same mixture unless one is give
 OUT/tokens/      the encoded text
 OUT/model/       the model after the last step; training.json tells how it came to be
 OUT/best/        the model with the lowest held-out score, if that is another one
+OUT/router_health.html, OUT/tensorboard/   what log.jsonl says, as pictures
 """
 
 import json
@@ -23,6 +24,7 @@ from tramontane.data.sampling import sample_documents
 from tramontane.data.token_files import TokenFile, prepare_token_files
 from tramontane.errors import CheckpointError, ConfigError
 from tramontane.models.transformer import Transformer, build_model
+from tramontane.nn.draws import seed_draws
 from tramontane.tokenizer.loading import load_tokenizer
 from tramontane.tokenizer.tokenizer import Tokenizer
 from tramontane.tokenizer.trainer import train_tokenizer
@@ -150,6 +152,7 @@ def _build_trainer(
     else:
         model = build_model(config.model)
         initialize_weights(model, seed=config.seed)
+    seed_draws(model, config.seed)
     model.to(device)
     optimizer = MasterOptimizer(model, config.optimizer)
     model.to(dtype)

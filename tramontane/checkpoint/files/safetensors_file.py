@@ -51,18 +51,21 @@ def write_tensors(
     build: Callable[[str], Tensor],
     *,
     dtype: torch.dtype,
+    exceptions: Mapping[str, torch.dtype] = {},
 ) -> None:
     """Write a safetensors file in the order of `shapes`; `build` gives the values, one at a time.
 
-    Raises CheckpointError on a dtype that `read_table` would refuse.
+    All are of `dtype`, or of what `exceptions` has for their name. Raises CheckpointError on a
+    dtype that `read_table` would refuse.
     """
     if dtype not in DTYPE_NAMES:
         raise CheckpointError(f"{path}: cannot store {dtype}; known are {sorted(DTYPES)}")
     with path.open("wb") as handle:
-        handle.write(encode_header({name: (tuple(shape), dtype) for name, shape in shapes.items()}))
-        for name, shape in shapes.items():
+        tensors = {n: (tuple(shape), exceptions.get(n, dtype)) for n, shape in shapes.items()}
+        handle.write(encode_header(tensors))
+        for name, expected in tensors.items():
             values = build(name)
-            assert (values.shape, values.dtype) == (torch.Size(shape), dtype), name
+            assert (values.shape, values.dtype) == expected, (name, expected)
             _write_values(handle, values)
 
 

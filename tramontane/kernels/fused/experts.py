@@ -124,12 +124,13 @@ class _MoeExperts(torch.autograd.Function):
 
 def _sum_slots(slots: Tensor, weights: Tensor | None = None) -> Tensor:
     """Sum (T, K, D) over K in fp32 in slot order, weighted by (T, K) where weights are given."""
-    total = slots[:, 0].to(torch.float32, copy=True)
+    dtype = torch.promote_types(slots.dtype, torch.float32)
+    total = slots[:, 0].to(dtype, copy=True)
     if weights is not None:
         total.mul_(weights[:, :1])
     for k in range(1, slots.shape[1]):
         if weights is None:
             total.add_(slots[:, k])
         else:
-            total.addcmul_(slots[:, k].float(), weights[:, k, None])
+            total.addcmul_(slots[:, k].to(dtype), weights[:, k, None].to(dtype))
     return total

@@ -1,30 +1,18 @@
-"""What a model is, before any weight: frozen, strict configurations, presets, and parameter counts.
+"""The decoder's configuration, its presets, and what follows from its shape.
 
 Fields are those of Mistral's `params.json`; `from_hf` and `to_hf` translate `config.json`.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from tramontane.config.fields import build_config, divide_heads, require_positive, to_float
+from tramontane.config.moe import MoeConfig, build_moe_config
 from tramontane.errors import ConfigError
 
-
-@dataclass(frozen=True)
-class MoeConfig:
-    """The sparse feed-forward part: `num_experts_per_tok` of `num_experts` see each token."""
-
-    num_experts: int = 8
-    num_experts_per_tok: int = 2
-
-    def __post_init__(self) -> None:
-        require_positive(self, "num_experts", "num_experts_per_tok")
-        if self.num_experts_per_tok > self.num_experts:
-            raise ConfigError(
-                f"moe.num_experts_per_tok is {self.num_experts_per_tok}, but there are only "
-                f"{self.num_experts} experts (moe.num_experts)"
-            )
+OUR_MODEL_TYPE = "tramontane"  # of sparse models that are no Mixtral
 
 
 @dataclass(frozen=True)
@@ -74,21 +62,44 @@ class ModelConfig:
             raise ConfigError(
                 f"tie_embeddings is {self.tie_embeddings!r}; it must be true or false"
             )
+        if self.moe is not None:
+            self.moe.require_causal()
+            if self.moe.layer_experts and len(self.moe.layer_experts) != self.n_layers:
+                raise ConfigError(
+                    f"moe.layer_experts has {len(self.moe.layer_experts)} numbers for "
+                    f"{self.n_layers} layers"
+                )
 
     def count_parameters(self) -> ParameterCount:
         """Count from the shapes alone: 46,702,792,704 for Mixtral 8x7B, 12,879,925,248 active."""
         attention = 2 * self.dim * self.head_dim * (self.n_heads + self.n_kv_heads)
         expert = 3 * self.dim * self.hidden_dim
-        num_experts, num_active, gate = 1, 1, 0
-        if self.moe is not None:
-            num_experts, num_active = self.moe.num_experts, self.moe.num_experts_per_tok
-            gate = self.dim * num_experts
-        shared = self.n_layers * (attention + gate + 2 * self.dim) + self.dim
+        num_experts = num_active = self.n_layers
+        shared = self.n_layers * (attention + 2 * self.dim) + self.dim
         shared += self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
+        if self.moe is not None:
+            num_experts = self.moe.count_experts(self.n_layers)
+            num_active = self.n_layers * self.moe.num_experts_per_tok
+            shared += num_experts * self.dim + self._count_extra_parameters(self.moe)
         return ParameterCount(
-            total=shared + self.n_layers * num_experts * expert,
-            active=shared + self.n_layers * num_active * expert,
+            total=shared + num_experts * expert, active=shared + num_active * expert
         )
+
+    def _count_extra_parameters(self, moe: MoeConfig) -> int:
+        """Those that a Mixtral does not have, of all layers."""
+        sizes = {"dim": self.dim, "hidden_dim": self.hidden_dim, "2": 2}
+        count = 0
+        for dims in moe.list_extra_tensors()[0].values():
+            per_expert = math.prod(sizes[dim] for dim in dims if dim != "num_experts")
+            times = moe.count_experts(self.n_layers) if "num_experts" in dims else self.n_layers
+            count += per_expert * times
+        return count
+
+    def for_layer(self, layer: int) -> "ModelConfig":
+        """As if all layers had as many experts as this one."""
+        if self.moe is None or not self.moe.layer_experts:
+            return self
+        return replace(self, moe=self.moe.for_layer(layer))
 
     def count_kv_bytes_per_token(self, *, bytes_per_value: int = 2) -> int:
         """Bytes that the keys and values of one token occupy over all layers."""
@@ -96,21 +107,19 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain values; `from_dict` reads it back."""
-        return asdict(self)
+        return asdict(self) | {"moe": None if self.moe is None else self.moe.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
         """Build from our own names (those of `params.json`); a wrong key is a ConfigError."""
         values = dict(values)
         if values.get("moe") is not None:
-            if not isinstance(values["moe"], dict):
-                raise ConfigError(f"moe is {values['moe']!r}; it must be an object")
-            values["moe"] = build_config(MoeConfig, values["moe"], where="moe")
+            values["moe"] = build_moe_config(values["moe"])
         return build_config(cls, values, where="the model configuration")
 
     @classmethod
     def from_hf(cls, values: dict[str, Any]) -> "ModelConfig":
-        """Build from a Hugging Face `config.json` of model_type mistral or mixtral.
+        """Build from a Hugging Face `config.json` of model_type mistral or mixtral, or from ours.
 
         Raises ConfigError on another model type, on a key that this family does not have, and on a
         value that would change the computation and is not implemented (another activation, scaled
@@ -118,20 +127,22 @@ class ModelConfig:
         """
         values = dict(values)
         model_type = values.pop("model_type", None)
-        if model_type not in ("mistral", "mixtral"):
+        if model_type not in ("mistral", "mixtral", OUR_MODEL_TYPE):
             raise ConfigError(
                 f"model_type is {model_type!r}; tramontane runs 'mistral' and 'mixtral' models"
             )
         _refuse_unsupported(values)
         for key in _HF_WITHOUT_EFFECT:
             values.pop(key, None)
-        theta = _pop_rope_theta(values, default=1e6 if model_type == "mixtral" else 1e4)
+        theta = _pop_rope_theta(values, default=1e4 if model_type == "mistral" else 1e6)
         moe = None
         if model_type == "mixtral":
             moe = MoeConfig(
                 num_experts=values.pop("num_local_experts", 8),
                 num_experts_per_tok=values.pop("num_experts_per_tok", 2),
             )
+        elif model_type == OUR_MODEL_TYPE:
+            moe = build_moe_config(values.pop("moe", None))
         fixed = {ours: values.pop(theirs) for theirs, ours in _HF_NAMES.items() if theirs in values}
         if values:
             raise ConfigError(
@@ -139,7 +150,7 @@ class ModelConfig:
                 "remove them, or say what they mean in an issue"
             )
         fixed.setdefault("sliding_window", 4096 if model_type == "mistral" else None)
-        fixed.setdefault("norm_eps", 1e-5 if model_type == "mixtral" else 1e-6)
+        fixed.setdefault("norm_eps", 1e-6 if model_type == "mistral" else 1e-5)
         if fixed.get("head_dim") is None:
             fixed["head_dim"] = divide_heads(fixed.get("dim"), fixed.get("n_heads"))
         if fixed.setdefault("n_kv_heads", 8) is None:  # as transformers: null is not "absent"
@@ -152,12 +163,16 @@ class ModelConfig:
         """The `config.json` that transformers (4 and 5) reads; `dtype` is that of the weights.
 
         `token_ids` are the vocabulary's bos_token_id and eos_token_id; what it leaves out is as
-        transformers assumes it, Mistral's 1 and 2.
+        transformers assumes it, Mistral's 1 and 2. A sparse model that is no Mixtral gets a
+        model_type of ours, which transformers refuses.
         """
         values: dict[str, Any] = {theirs: getattr(self, ours) for theirs, ours in _HF_NAMES.items()}
+        model_type = "mistral"
+        if self.moe is not None:
+            model_type = "mixtral" if self.moe.is_mixtral else OUR_MODEL_TYPE
         values |= {
-            "architectures": ["MixtralForCausalLM" if self.moe else "MistralForCausalLM"],
-            "model_type": "mixtral" if self.moe else "mistral",
+            "architectures": [f"{model_type.capitalize()}ForCausalLM"],
+            "model_type": model_type,
             "hidden_act": "silu",
             "attention_dropout": 0.0,
             "initializer_range": 0.02,
@@ -169,52 +184,14 @@ class ModelConfig:
             "eos_token_id": 2,
             **token_ids,
         }
-        if self.moe is not None:
+        if self.moe is not None and not self.moe.is_mixtral:
+            values["moe"] = self.moe.to_dict()
+        elif self.moe is not None:
             values["num_local_experts"] = self.moe.num_experts
             values["num_experts_per_tok"] = self.moe.num_experts_per_tok
             values["router_aux_loss_coef"] = 0.001
             values["output_router_logits"] = False
         return dict(sorted(values.items()))
-
-
-def build_config(cls: type[Any], values: dict[str, Any], *, where: str) -> Any:
-    """Make the dataclass `cls` from `values`; an unknown or a missing key is a ConfigError."""
-    known = {f.name for f in fields(cls)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ConfigError(f"unknown keys in {where}: {unknown}; known are {sorted(known)}")
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}".replace(f"{cls.__name__}.__init__() ", "")) from None
-
-
-def divide_heads(dim: Any, n_heads: Any) -> int:
-    """The size of a head where it is not given. Raises ConfigError unless both are whole."""
-    for name, value in (("dim", dim), ("n_heads", n_heads)):
-        if type(value) is not int or value < 1:
-            raise ConfigError(f"{name} is {value!r}; it must be a whole number above zero")
-    return int(dim // n_heads)
-
-
-def to_float(value: Any, name: str) -> float:
-    """A number of a JSON file as a float. Raises ConfigError if it is none, or too large."""
-    try:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise OverflowError
-        return float(value)
-    except OverflowError:
-        raise ConfigError(f"{name} is {value!r}; it must be a number") from None
-
-
-def require_positive(config: Any, *names: str) -> None:
-    """Raise ConfigError unless each named field is finite, above zero, and whole if not a float."""
-    declared = {field.name: field.type for field in fields(config)}
-    for name in names:
-        value = getattr(config, name)
-        kind, noun = (int | float, "finite") if declared[name] is float else (int, "whole")
-        if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < math.inf:
-            raise ConfigError(f"{name} is {value!r}; it must be a {noun} number above zero")
 
 
 _HF_NAMES = {
