@@ -27,8 +27,8 @@ run: .venv/base-installed ## generate: PROMPT="Once upon a time", or standard in
 	if [ -n "$$PROMPT" ]; then printf '%s' "$$PROMPT" | $(BIN)/tramontane run $(ARGS); \
 	else $(BIN)/tramontane run $(ARGS); fi
 
-test: .venv/dev-installed ## run the tests; ARGS="tests/nn -x"
-	$(BIN)/python -m pytest $(ARGS)
+test: .venv/dev-installed ## run the tests, one process per core; ARGS="tests/nn -x", ARGS="-n 0" for one process
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 check: .venv/dev-installed ## lint, formatting, types
 	$(BIN)/ruff check .

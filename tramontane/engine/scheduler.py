@@ -108,7 +108,7 @@ class Scheduler:
             self._num_waiting -= 1
         self._blocks.free(sequence)
 
-    def fail(self, sequence: Sequence, error: BaseException | None) -> list[Sequence]:
+    def fail(self, sequence: Sequence, cause: BaseException | None) -> list[Sequence]:
         """End a sequence, and siblings that have not begun, with an error; returns them.
 
         One that we had not thought of becomes an EngineError, and goes to the log.
@@ -116,16 +116,19 @@ class Scheduler:
         self.remove(sequence)
         if sequence.is_finished:
             return []
-        if not isinstance(error, TramontaneError):
-            _log.error("a request failed", exc_info=error)
-            cause, name = error, type(error).__name__  # its text is not for callers
-            error = EngineError(
-                f"the engine failed while it ran this request ({name}; see its log)"
-            )
-            error.__cause__ = cause.with_traceback(None)  # its frames hold the engine and more
+        if isinstance(cause, TramontaneError):
+            error = cause
+        else:
+            _log.error("a request failed", exc_info=cause)
+            name = type(cause).__name__  # its text is not for callers
+            error = EngineError(f"the engine failed at this request ({name}; see its log)")
+            error.__cause__ = cause
+        for raised in (error, error.__cause__):
+            if raised is not None:
+                raised.__traceback__ = None  # its frames hold the engine and more
         failed = [sequence, *sequence.take_siblings()]
         for one in failed:
-            one.finish("error", error.with_traceback(None))
+            one.finish("error", error)
         return failed
 
     def fork(self, sequence: Sequence, child: Sequence) -> bool:
