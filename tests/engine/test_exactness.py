@@ -135,6 +135,25 @@ def test_several_answers_to_one_prompt_are_those_of_each_seed(kernels):
         assert_equal(answers, [a for [a] in alone], bits=kernels == "native")
 
 
+def test_routing_is_as_wide_as_the_request_asked(kernels):
+    """Beside others with more and with fewer experts per token."""
+    model = make_model()
+    asked = [None, 1, 4, 2]
+    params = [SamplingParams(temperature=0, max_tokens=5, experts_per_token=k) for k in asked]
+    alone = [
+        finish_all(make_engine(model), make_sequence(PROMPTS[i], p, routing="all"))[0]
+        for i, p in enumerate(params)
+    ]
+    crowd = finish_all(
+        make_engine(model, max_num_batched_tokens=24, max_num_seqs=4),
+        *(make_sequence(PROMPTS[i], p, routing="all") for i, p in enumerate(params)),
+    )
+    for together, single, k in zip(crowd, alone, asked, strict=True):
+        assert together.selected_experts.shape[2] == (k or 2)
+        assert together.selected_experts.tolist() == single.selected_experts.tolist()
+        assert together.expert_weights == pytest.approx(single.expert_weights, abs=1e-5)
+
+
 @pytest.mark.parametrize("limits", [{}, {"max_num_seqs": 2, "max_num_batched_tokens": 16}])
 def test_what_is_known_of_the_prompt_is_known_to_all_its_answers(limits, choose_kernels):
     choose_kernels("native")

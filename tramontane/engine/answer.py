@@ -5,6 +5,7 @@ Shapes: T tokens, L layers, K experts per token, D dim.
 
 import time
 from collections import deque
+from collections.abc import Sequence as Items
 
 import numpy as np
 
@@ -112,7 +113,9 @@ class Answer:
         skipped = self._routing_start + self._num_routed - start
         assert skipped >= 0, (start, self._routing_start, self._num_routed)
         if skipped < len(experts):
-            self._routing.append((experts[skipped:], weights[skipped:]))
+            # Others in the pass may have more experts per token: columns that none here has.
+            width = int((experts[skipped:] >= 0).sum(-1).max())
+            self._routing.append((experts[skipped:, :, :width], weights[skipped:, :, :width]))
             self._num_routed += len(experts) - skipped
 
     def add_hidden(self, start: int, hidden: np.ndarray) -> None:
@@ -182,8 +185,9 @@ class Answer:
     def _join_routing(self) -> tuple[np.ndarray | None, np.ndarray | None]:
         if not self._routing:
             return None, None
-        experts, weights = (np.concatenate(part) for part in zip(*self._routing, strict=True))
-        return experts, weights
+        width = max(experts.shape[-1] for experts, _ in self._routing)
+        experts, weights = zip(*self._routing, strict=True)
+        return _join(experts, width, filler=-1), _join(weights, width, filler=0)
 
     def _build_timings(self) -> Timings:
         first, started = self._first_token_at, self._started_at
@@ -197,3 +201,13 @@ class Answer:
         if self.hidden_sum is None:
             return None
         return (self.hidden_sum / self._num_prompt_tokens).astype(np.float32)
+
+
+def _join(parts: Items[np.ndarray], width: int, *, filler: int) -> np.ndarray:
+    """Parts (T, L, K) of any K as one (T, L, width)."""
+    missing = [(0, 0), (0, 0)]
+    wide = [
+        np.pad(part, [*missing, (0, width - part.shape[-1])], constant_values=filler)
+        for part in parts
+    ]
+    return np.concatenate(wide)
