@@ -103,7 +103,7 @@ def print_profile(size: str, model: Path) -> None:
             total = time.perf_counter() - started
             steps = len(answer.token_ids)
             parts = {k: v - before[k] for k, v in llm.list_kernel_seconds().items()}
-            parts["head, sampling, Python"] = total - sum(parts.values())
+            parts["sampling, Python"] = total - sum(parts.values())
             rows.append([f"{size} {quant or 'bf16'}", case, f"{total / steps * 1e3:.2f}",
                          *(f"{seconds / total:.0%}" for seconds in parts.values())])  # fmt: skip
     print_table(["model", "step", "ms", *parts], rows)
@@ -118,7 +118,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
-    names = choose_contenders(arguments.contender)
+    alone = [name for name in CONTENDERS if "batching" not in name]  # those have engine.py
+    names = choose_contenders(arguments.contender, alone)
     with find_folder(arguments.folder) as folder:
         print(describe_machine("transformers"))
         for size in arguments.model:
