@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import tomllib
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,9 @@ import pytest
 
 from recipes.bakeoff import RECIPE, Bakeoff, merge, shrink
 from recipes.bakeoff_table import BEGIN, END, build_table, write_table
-from tramontane.config import ModelConfig, MoeConfig, ParameterCount
+from tramontane.config import ModelConfig, ParameterCount
 
 ROOT = Path(__file__).parents[2]
-needs_routers = pytest.mark.skipif(
-    "router" not in {f.name for f in fields(MoeConfig)},
-    reason="there is no router but top-k yet",
-)
 
 
 def read_recipe() -> dict[str, Any]:
@@ -37,7 +32,6 @@ def count(recipe: dict[str, Any], name: str) -> ParameterCount:
     return ModelConfig.from_dict(values | {"vocab_size": 2048}).count_parameters()
 
 
-@needs_routers
 def test_arms_are_equal_in_what_they_say() -> None:
     """All sparse ones in both counts, the dense ones in one each; up to the routers' weights."""
     recipe = read_recipe()
@@ -113,7 +107,6 @@ def test_the_page_has_a_place_for_the_table() -> None:
 
 
 @pytest.mark.slow
-@needs_routers
 def test_one_command_runs_all_arms(tmp_path: Path) -> None:
     environment = os.environ | {"BIN": str(Path(sys.executable).parent)}
     done = subprocess.run(
