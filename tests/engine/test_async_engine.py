@@ -74,7 +74,7 @@ def test_200_requests_at_once_are_answered_as_each_alone(folder):
     async def run():
         async with serve(folder, max_num_seqs=32) as (llm, engine):
             requests = [llm.build_request(f"marker {i} " * (i % 5 + 1), GREEDY) for i in range(200)]
-            alone = llm.run(requests[::20])
+            alone = LLM(folder).run(requests[::20])
             answers = await asyncio.gather(*(read(engine.submit(r)) for r in requests))
             await settle(llm)
             for texts, [completion] in answers:
@@ -90,7 +90,7 @@ def test_several_answers_come_in_one_stream(folder):
         async with serve(folder) as (llm, engine):
             params = SamplingParams(n=4, seed=3, max_tokens=9)
             texts, completions = await read(engine.submit(llm.build_request("Hello", params)))
-            expected = llm.generate("Hello", params)
+            expected = LLM(folder).generate("Hello", params)
             assert texts == [expected.text, *(other.text for other in expected.others)]
             assert [c.index for c in completions] == [0, 1, 2, 3]
 
@@ -107,7 +107,7 @@ def test_experts_come_with_each_token(folder):
             assert len(pieces) == 16
             assert all(p.selected_experts.shape == (2, 2) for p in pieces[:-1])
             assert pieces[-1].selected_experts is None
-            whole = llm.generate("Hello", GREEDY, collect_routing=True)
+            whole = LLM(folder).generate("Hello", GREEDY, collect_routing=True)
             expected = whole.selected_experts[whole.num_prompt_tokens :]
             assert [p.selected_experts.tolist() for p in pieces[:-1]] == expected.tolist()
 
@@ -175,7 +175,7 @@ def test_a_bad_constraint_ends_its_own_request(folder):
             with pytest.raises(RequestError, match="regex"):
                 await read(streams[0])
             _, [completion] = await read(streams[1])
-            assert completion.token_ids == llm.run([good])[0].token_ids
+            assert completion.token_ids == LLM(folder).run([good])[0].token_ids
             await settle(llm)
 
     asyncio.run(run())

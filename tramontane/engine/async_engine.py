@@ -83,8 +83,8 @@ class AnswerStream:
 class AsyncEngine:
     """Answers the requests of event loops with the engine of `llm`, under the name `name`.
 
-    `start` it, then `submit`. `is_healthy` is False once its thread has died, or one pass takes
-    longer than `hang_seconds`.
+    `start` it, then `submit`; from then on `llm` itself must not run anything. `is_healthy` is
+    False once its thread has died, or one pass takes longer than `hang_seconds`.
     """
 
     def __init__(
