@@ -36,7 +36,7 @@ class CheckedCache:
     def start(self, owner: Owner) -> int:
         num_kept = self.blocks.match_prefix(owner)
         self.owners.append(owner)
-        self.read(owner)
+        self.read(owner, owner.num_computed_tokens)
         return num_kept
 
     def run(self, owner: Owner, num_tokens: int) -> bool:
@@ -51,7 +51,7 @@ class CheckedCache:
             block, offset = divmod(position, self.blocks.block_size)
             self.slots[owner.block_table[block]][offset] = owner.describe(position)
         owner.num_computed_tokens += num_tokens
-        self.read(owner)
+        self.read(owner, owner.num_computed_tokens - 1)
         self.blocks.commit(owner)
         return True
 
@@ -59,17 +59,18 @@ class CheckedCache:
         child = Owner(list(owner.token_ids), owner.cache_root)
         self.blocks.fork(owner, child)
         self.owners.append(child)
-        self.read(child)
+        self.read(child, child.num_computed_tokens)
         return child
 
     def end(self, owner: Owner) -> None:
         self.blocks.free(owner)
         self.owners.remove(owner)
 
-    def read(self, owner: Owner) -> None:
-        """All positions that the last query sees hold what they should."""
-        end, window = owner.num_computed_tokens, self.blocks.window
-        for position in range(max(0, end - window) if window else 0, end):
+    def read(self, owner: Owner, query: int) -> None:
+        """All that a query at this position sees, as far as it has been computed, is there."""
+        window = self.blocks.window
+        first = max(0, query + 1 - window) if window else 0
+        for position in range(first, owner.num_computed_tokens):
             block, offset = divmod(position, self.blocks.block_size)
             assert owner.block_table[block] != FREED
             assert self.slots[owner.block_table[block]][offset] == owner.describe(position)
@@ -77,4 +78,4 @@ class CheckedCache:
     def check(self) -> None:
         self.blocks.check_integrity(self.owners)
         for owner in self.owners:
-            self.read(owner)
+            self.read(owner, owner.num_computed_tokens)

@@ -267,6 +267,17 @@ class WindowMachine(BlockMachine):
     window = 6
 
 
+def test_a_prompt_that_ends_just_behind_a_block_that_nothing_sees_any_more():
+    """The query at 9 sees 4 .. 9 through a window of 6: the block of 0 .. 3 goes."""
+    cache = CheckedCache(BlockManager(24, block_size=4, window=6))
+    owner = make_owner(9)
+    cache.start(owner)
+    assert cache.run(owner, 9)
+    assert owner.block_table[0] == FREED
+    assert FREED not in owner.block_table[1:]
+    cache.check()
+
+
 FEW = settings(max_examples=40, stateful_step_count=40)
 MANY = settings(max_examples=5000, stateful_step_count=200)
 
