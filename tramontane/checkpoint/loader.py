@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tramontane.checkpoint.changes import SAME
 from tramontane.checkpoint.check import TensorPair, check_finite_values
-from tramontane.checkpoint.files.stored_tensor import UNPACKED, StoredTensor, view_stack
+from tramontane.checkpoint.files.stored_tensor import UNPACKED, StackViewer, StoredTensor
 from tramontane.checkpoint.intake import Checkpoint, open_checkpoint
 from tramontane.checkpoint.names import Part
 from tramontane.checkpoint.packed import read_packed
@@ -142,6 +142,7 @@ class _Filler:
         }
         self._device, self._check_finite = device, check_finite
         self._use_views, self._packer = use_views, packer
+        self._stacks = StackViewer()
 
     def fill(self, sources: Sources) -> dict[str, Tensor]:
         """All parameters and buffers by name."""
@@ -196,7 +197,9 @@ class _Filler:
                 return None
         if parts[0][0].expert is None:
             return parts[0][1].read().to(self._device)
-        return view_stack([stored for _, stored in parts]) if self._device.type == "cpu" else None
+        if self._device.type != "cpu":
+            return None
+        return self._stacks.view([stored for _, stored in parts])
 
     def _copy(self, target: Tensor, source: Source) -> None:
         part, stored = source

@@ -60,9 +60,7 @@ class StoredTensor:
         """
         if self.begin == self.end:
             return torch.empty(self.shape, dtype=self.dtype)
-        size = self.end - self.begin
-        mapped = np.memmap(self.path, dtype=np.uint8, mode="c", offset=self.begin, shape=(size,))
-        data = torch.from_numpy(mapped)
+        data = map_bytes(self.path, self.begin, self.end)
         if self.begin % self.dtype.itemsize:
             data = data.clone()
         return data.view(self.dtype).view(self.shape)
@@ -84,20 +82,52 @@ class StoredTensor:
                 buffer = buffer[count:]
 
 
-def view_stack(tensors: Sequence[StoredTensor]) -> Tensor | None:
-    """Unpacked tensors of one shape and dtype as a view (E, *shape) of the file they lie in.
+class StackViewer:
+    """Gives stacks of tensors as views of the files they lie in.
 
-    Each is contiguous and lies as far from the next as all do: where experts lie as w1 w2 w3 w1 w2
-    w3 ..., the w1 are three matrices apart. None where that would take a copy: several files,
-    uneven distances, or a place that the dtype cannot have.
+    Stacks that lie between one another, as w1, w2 and w3 of a layer do, share one map: memory that
+    is mapped twice would count twice for the process.
     """
-    first, last = tensors[0], tensors[-1]
-    size, item = first.end - first.begin, first.dtype.itemsize
-    step = tensors[1].begin - first.begin if len(tensors) > 1 else size
-    is_even = all(t.begin == first.begin + i * step for i, t in enumerate(tensors))
-    if not is_even or not 0 < size <= step or any(t.path != first.path for t in tensors):
-        return None
-    if first.begin % item or step % item:
-        return None
-    span = replace(first, shape=((last.end - first.begin) // item,), end=last.end)
-    return span.read().unfold(0, size // item, step // item).unflatten(1, first.shape)
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._begin = 0
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def view(self, tensors: Sequence[StoredTensor]) -> Tensor | None:
+        """Unpacked tensors of one shape and dtype as one tensor (E, *shape), without a copy.
+
+        Each is contiguous and lies as far from the next as all do: where experts lie as w1 w2 w3
+        w1 w2 w3 ..., the w1 are three matrices apart. None where that would take a copy: several
+        files, uneven distances, or a place that the dtype cannot have.
+        """
+        first, last = tensors[0], tensors[-1]
+        size, item = first.end - first.begin, first.dtype.itemsize
+        step = tensors[1].begin - first.begin if len(tensors) > 1 else size
+        is_even = all(t.begin == first.begin + i * step for i, t in enumerate(tensors))
+        if not is_even or not 0 < size <= step or any(t.path != first.path for t in tensors):
+            return None
+        if first.begin % item or step % item:
+            return None
+        span = replace(first, end=last.end)
+        values = self._map(span, num_bytes=len(tensors) * step).view(first.dtype)
+        return values.unfold(0, size // item, step // item).unflatten(1, first.shape)
+
+    def _map(self, span: StoredTensor, *, num_bytes: int) -> Tensor:
+        """The bytes of the span: of the map made last if that has them, else of one of `num_bytes`.
+
+        So many from its beginning, if the file has them, hold the stacks that lie between.
+        """
+        offset, size = span.begin - self._begin, span.end - span.begin
+        is_inside = span.path == self._path and 0 <= offset <= len(self._bytes) - size
+        if not is_inside or offset % span.dtype.itemsize:
+            end = max(span.end, min(span.begin + num_bytes, span.path.stat().st_size))
+            self._path, self._begin, offset = span.path, span.begin, 0
+            self._bytes = map_bytes(span.path, span.begin, end)
+        return self._bytes[offset : offset + size]
+
+
+def map_bytes(path: Path, begin: int, end: int) -> Tensor:
+    """Bytes of a file, mapped: memory fills when touched, and writing does not reach the disk."""
+    mapped = np.memmap(path, dtype=np.uint8, mode="c", offset=begin, shape=(end - begin,))
+    return torch.from_numpy(mapped)
