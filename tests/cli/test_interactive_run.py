@@ -4,8 +4,10 @@ import os
 import pty
 import select
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -44,8 +46,10 @@ class Terminal:
 
     def wait_for(self, text):
         """Read until `text`; returns everything up to it and forgets it."""
+        start = time.monotonic()
         while text not in self.seen:
             self._read(f"waited for {text!r}")
+            assert time.monotonic() - start < 5 * PATIENCE, f"{text!r} does not come"
         before, _, self.seen = self.seen.partition(text)
         return before
 
@@ -74,10 +78,14 @@ class Terminal:
 
 
 def _own_terminal(fd):
-    """Make `fd` the controlling terminal, so that Ctrl-C becomes a signal."""
+    """Make `fd` the controlling terminal, so that Ctrl-C becomes a signal, as in a new shell.
+
+    A shell's background jobs, which tests may be part of, ignore it.
+    """
     import fcntl
     import termios
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     fcntl.ioctl(fd, termios.TIOCSCTTY, 0)
 
 
