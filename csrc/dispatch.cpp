@@ -17,6 +17,9 @@ extern const KernelTable kernel_table;
 namespace avx512 {
 extern const KernelTable kernel_table;
 }
+namespace avx512_bf16 {
+extern const KernelTable kernel_table;
+}
 #endif
 
 namespace {
@@ -40,6 +43,7 @@ const KernelTable* find_kernels(const char* name) {
 #endif
   const Entry entries[] = {
 #if TRAMONTANE_X86
+      {&avx512_bf16::kernel_table, has_avx512 && __builtin_cpu_supports("avx512bf16")},
       {&avx512::kernel_table, has_avx512},
       {&avx2::kernel_table, has_avx2},
 #endif

@@ -29,15 +29,15 @@ class ExpertsTask final : public Task {
                        ? count_panel_bytes(dim_)
                        : count_panel_bytes(hidden_dim_);
     thread_bytes_ = panel_bytes_ + wide_length_ * 4 + 2 * round_up(rows_at_once_ * kChunk * 4, 64);
-    const bool is_packed = a_.w2.bits != 0;
+    is_rounded_ = choose_form(a_.w2, a_.x.type) != Form::kFloat;
     const int64_t sizes[] = {
-        Inputs::count_bytes(num_tokens_, a_.w1),                // inputs of the tokens
-        num_rows_ * hidden_stride_ * 4,                         // hidden values in fp32
-        is_packed ? Inputs::count_bytes(num_rows_, a_.w2) : 0,  // and packed, as inputs of w2
-        round_up(num_rows_ * dim_ * 4, 64),                     // outputs
-        round_up(num_rows_ * 8, 64),                            // token of each row
-        round_up(num_tokens_ * a_.num_slots * 8, 64),           // row of each slot
-        round_up((a_.num_experts + 1) * 8, 64),                 // first row of each expert
+        Inputs::count_bytes(num_tokens_, a_.w1, a_.x.type),  // inputs of the tokens
+        num_rows_ * hidden_stride_ * 4,                      // hidden values in fp32
+        is_rounded_ ? Inputs::count_bytes(num_rows_, a_.w2, a_.x.type) : 0,  // as inputs of w2
+        round_up(num_rows_ * dim_ * 4, 64),                                  // outputs
+        round_up(num_rows_ * 8, 64),                                         // token of each row
+        round_up(num_tokens_ * a_.num_slots * 8, 64),                        // row of each slot
+        round_up((a_.num_experts + 1) * 8, 64),  // first row of each expert
     };
     int64_t total = 0;
     for (const int64_t size : sizes) total += size;
@@ -46,7 +46,7 @@ class ExpertsTask final : public Task {
     for (int i = 0; i < 7; ++i) parts[i] = memory, memory += sizes[i];
     inputs_memory_ = parts[0];
     hidden_ = reinterpret_cast<float*>(parts[1]);
-    hidden_memory_ = is_packed ? parts[2] : parts[1];  // rows of fp32 are plain inputs as they are
+    hidden_memory_ = is_rounded_ ? parts[2] : parts[1];  // rows of fp32 are inputs as they are
     outputs_ = reinterpret_cast<float*>(parts[3]);
     token_of_row_ = reinterpret_cast<int64_t*>(parts[4]);
     row_of_slot_ = reinterpret_cast<int64_t*>(parts[5]);
@@ -60,7 +60,8 @@ class ExpertsTask final : public Task {
     float* const panel = reinterpret_cast<float*>(memory);
     float* const wide = reinterpret_cast<float*>(memory + panel_bytes_);
     float* const results = wide + wide_length_;
-    Inputs inputs(inputs_memory_, a_.w1), hidden_inputs(hidden_memory_, a_.w2);
+    Inputs inputs(inputs_memory_, a_.w1, a_.x.type);
+    Inputs hidden_inputs(hidden_memory_, a_.w2, a_.x.type);
     for (int64_t t; (t = team.take(num_tokens_)) < num_tokens_;)
       inputs.set(t, a_.x.data, a_.x.type, (first_ + t) * dim_, wide);
     team.wait();
@@ -68,9 +69,9 @@ class ExpertsTask final : public Task {
     for (int64_t item; (item = team.take(num_hidden)) < num_hidden;)
       compute_hidden(inputs, item, results, panel);
     team.wait();
-    if (a_.w2.bits != 0) {
+    if (is_rounded_) {
       for (int64_t row; (row = team.take(num_rows_)) < num_rows_;)
-        hidden_inputs.pack(row, hidden_ + row * hidden_stride_);
+        hidden_inputs.round(row, hidden_ + row * hidden_stride_);
       team.wait();
     }
     const int64_t num_outputs = a_.num_experts * count_chunks(dim_);
@@ -163,6 +164,7 @@ class ExpertsTask final : public Task {
   const int64_t first_, num_tokens_, dim_, hidden_dim_, hidden_stride_, wide_length_;
   int64_t num_rows_ = 0, rows_at_once_ = 0;  // token copies that go to an expert
   int64_t thread_bytes_ = 0, panel_bytes_ = 0;
+  bool is_rounded_ = false;  // whether hidden values become bf16 or 8 bits
   char *inputs_memory_, *hidden_memory_, *thread_memory_;
   float *hidden_, *outputs_;
   int64_t *token_of_row_, *row_of_slot_, *begins_;

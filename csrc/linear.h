@@ -90,49 +90,77 @@ static inline void narrow_and_add(float* from, int64_t count, const void* residu
   narrow(from, count, to, type, at);
 }
 
-// Inputs of a product as its weights want them: rows of fp32 in whole vectors, or of 8 bits.
+// How a product wants its inputs.
+enum class Form { kFloat, kHalf, kPacked };
+
+// For products of values of type `x` with `weight`.
+static inline Form choose_form(const Weight& weight, Type x) {
+  if (weight.bits != 0) return Form::kPacked;
+  const bool are_halves = weight.type == Type::kBfloat16 && x == Type::kBfloat16;
+  return kHasHalfDots && are_halves ? Form::kHalf : Form::kFloat;
+}
+
+// Inputs of a product: rows of fp32 or bf16, with zeros up to a multiple of 64 bytes, or of 8 bits.
 class Inputs {
  public:
-  // Bytes of `num_rows` inputs for products with `weight`.
-  static int64_t count_bytes(int64_t num_rows, const Weight& weight) {
-    return num_rows * count_stride(weight);
+  // Bytes of `num_rows` inputs of type `x` for products with `weight`.
+  static int64_t count_bytes(int64_t num_rows, const Weight& weight, Type x) {
+    return num_rows * count_stride(weight, choose_form(weight, x));
   }
 
-  Inputs(char* memory, const Weight& weight)
+  Inputs(char* memory, const Weight& weight, Type x)
       : data_(memory),
-        stride_(count_stride(weight)),
+        form_(choose_form(weight, x)),
+        stride_(count_stride(weight, form_)),
         length_(weight.num_columns),
-        group_(weight.bits == 0 ? 0 : weight.group) {}
+        group_(weight.group) {}
 
-  // Fill row `row` from `x` (M,); `wide` is memory for M numbers.
+  Form form() const { return form_; }
+
+  // Fill row `row` from `x` (M,) of type `type`; `wide` is memory for M numbers.
   void set(int64_t row, const void* x, Type type, int64_t at, float* wide) {
-    if (group_ == 0) return set_plain(row, x, type, at);
+    if (form_ != Form::kPacked) return set_plain(row, x, type, at);
     widen(x, type, at, length_, wide);
-    pack(row, wide);
+    pack_row(wide, length_, group_, data_ + row * stride_);
   }
 
-  // Fill row `row`, of fp32.
+  // Fill row `row`, which is not to be of 8 bits.
   void set_plain(int64_t row, const void* x, Type type, int64_t at) {
     char* const to = data_ + row * stride_;
-    widen(x, type, at, length_, reinterpret_cast<float*>(to));
-    std::memset(to + length_ * 4, 0, static_cast<size_t>(stride_ - length_ * 4));
+    if (form_ == Form::kFloat) {
+      widen(x, type, at, length_, reinterpret_cast<float*>(to));
+      pad(to, length_ * 4);
+    } else {
+      std::memcpy(to, static_cast<const uint16_t*>(x) + at, static_cast<size_t>(length_) * 2);
+      pad(to, length_ * 2);
+    }
   }
 
-  // Fill row `row`, of 8 bits, from fp32.
-  void pack(int64_t row, const float* x) { pack_row(x, length_, group_, data_ + row * stride_); }
+  // Fill row `row`, of bf16 or 8 bits, from fp32.
+  void round(int64_t row, const float* x) {
+    char* const to = data_ + row * stride_;
+    if (form_ == Form::kPacked) return pack_row(x, length_, group_, to);
+    narrow(x, length_, to, Type::kBfloat16, 0);
+    pad(to, length_ * 2);
+  }
 
-  const float* plain(int64_t row) const {
-    return reinterpret_cast<const float*>(data_ + row * stride_);
+  template <class Number>
+  const Number* plain(int64_t row) const {
+    return reinterpret_cast<const Number*>(data_ + row * stride_);
   }
   PackedRow packed(int64_t row) const { return locate_row(data_ + row * stride_, length_, group_); }
 
  private:
-  static int64_t count_stride(const Weight& weight) {
-    if (weight.bits != 0) return count_row_bytes(weight.num_columns, weight.group);
-    return round_up(weight.num_columns * 4, 64);
+  static int64_t count_stride(const Weight& weight, Form form) {
+    if (form == Form::kPacked) return count_row_bytes(weight.num_columns, weight.group);
+    return round_up(weight.num_columns * (form == Form::kHalf ? 2 : 4), 64);
+  }
+  void pad(char* row, int64_t size) const {
+    std::memset(row + size, 0, static_cast<size_t>(stride_ - size));
   }
 
   char* data_;
+  Form form_;
   int64_t stride_, length_, group_;
 };
 
@@ -143,16 +171,24 @@ static inline void multiply(const Inputs& inputs, const int64_t* which, int64_t 
   for (int64_t done = 0; done < count; done += kMaxRows) {
     const int64_t some = count - done < kMaxRows ? count - done : kMaxRows;
     float* const to = out + done * out_stride;
-    const float* plain_rows[kMaxRows];
-    PackedRow packed_rows[kMaxRows];
-    for (int64_t i = 0; i < some; ++i) {
-      const int64_t row = which == nullptr ? first + done + i : which[done + i];
-      if (weight.bits == 0) plain_rows[i] = inputs.plain(row);
-      else packed_rows[i] = inputs.packed(row);
+    const auto find_row = [&](int64_t i) {
+      return which == nullptr ? first + done + i : which[done + i];
+    };
+    if (inputs.form() == Form::kPacked) {
+      PackedRow rows[kMaxRows];
+      for (int64_t i = 0; i < some; ++i) rows[i] = inputs.packed(find_row(i));
+      multiply_packed(rows, some, weight, expert, begin, end, to, out_stride);
+    } else if (inputs.form() == Form::kFloat) {
+      const float* rows[kMaxRows];
+      for (int64_t i = 0; i < some; ++i) rows[i] = inputs.plain<float>(find_row(i));
+      multiply_plain(rows, some, weight, expert, begin, end, to, out_stride, panel);
+    } else {
+#if defined(__AVX512BF16__)
+      const uint16_t* rows[kMaxRows];
+      for (int64_t i = 0; i < some; ++i) rows[i] = inputs.plain<uint16_t>(find_row(i));
+      multiply_plain(rows, some, weight, expert, begin, end, to, out_stride, panel);
+#endif
     }
-    if (weight.bits == 0)
-      multiply_plain(plain_rows, some, weight, expert, begin, end, to, out_stride, panel);
-    else multiply_packed(packed_rows, some, weight, expert, begin, end, to, out_stride);
   }
 }
 
@@ -163,7 +199,7 @@ class LinearTask final : public Task {
     const int64_t rows = a_.num_tokens < kRowsAtOnce ? a_.num_tokens : kRowsAtOnce;
     thread_bytes_ =
         round_up(rows * kChunk * 4, 64) + count_panel_bytes(length_) + round_up(length_, 16) * 4;
-    const int64_t input_bytes = Inputs::count_bytes(a_.num_tokens, a_.weights[0]);
+    const int64_t input_bytes = Inputs::count_bytes(a_.num_tokens, a_.weights[0], a_.x.type);
     memory_ = static_cast<char*>(scratch.reserve(input_bytes + thread_bytes_ * num_threads));
     thread_memory_ = memory_ + input_bytes;
     for (int i = 0; i < a_.num_outputs; ++i) num_items_ += count_chunks(a_.weights[i].num_rows);
@@ -175,7 +211,7 @@ class LinearTask final : public Task {
     memory += count_panel_bytes(length_);
     float* const wide = reinterpret_cast<float*>(memory);
     float* const results = wide + round_up(length_, 16);
-    Inputs inputs(memory_, a_.weights[0]);
+    Inputs inputs(memory_, a_.weights[0], a_.x.type);
     for (int64_t t; (t = team.take(a_.num_tokens)) < a_.num_tokens;)
       inputs.set(t, a_.x.data, a_.x.type, t * length_, wide);
     team.wait();

@@ -1,5 +1,7 @@
 // Products with plain weights, bf16 or fp32, as they lie in a checkpoint: rows of numbers.
 //
+// Inputs are fp32, or bf16 where both are and the processor multiplies them as such.
+//
 // Each output is a dot product whose sum runs over the lanes of one register in the order of the
 // row, and then over the lanes. A tile computes kTileRows x kTileColumns of them at once, so that
 // each number loaded is used several times; the sum of an output is the same in every tile.
@@ -26,24 +28,56 @@ static inline int64_t round_up(int64_t value, int64_t step) {
   return (value + step - 1) / step * step;
 }
 
+// How inputs of a type are multiplied: kSize of them in one step.
+template <class Input>
+struct Step;
+
+template <>
+struct Step<float> {
+  static constexpr int kSize = kLanes;
+  using Value = Vec;
+
+  template <class Number>
+  static Value load(const Number* from) {
+    return TRAMONTANE_ISA::load(from);
+  }
+  static Vec add_products(Value x, Value w, Vec sum) { return fma(x, w, sum); }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Step<uint16_t> {
+  static constexpr int kSize = kHalfLanes;
+  using Value = HalfVec;
+
+  static Value load(const uint16_t* from) { return load_halves(from); }
+  static Vec add_products(Value x, Value w, Vec sum) { return add_pairs(x, w, sum); }
+};
+#endif
+
 // Adds to sums[r][c] what the numbers begin .. end of rows[r] and w[c] contribute. Rows are padded
-// with zeros to whole vectors, w is not.
-template <int R, int C, class Number>
-static inline void add_dot(const float* const* rows, const Number* w, int64_t stride, int64_t begin,
+// with zeros to whole steps, w is not.
+template <int R, int C, class Input, class Number>
+static inline void add_dot(const Input* const* rows, const Number* w, int64_t stride, int64_t begin,
                            int64_t end, Vec (&sums)[R][C]) {
+  using Step = Step<Input>;
+  using Value = typename Step::Value;
   int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) {
-    Vec x[R];
-    for (int r = 0; r < R; ++r) x[r] = load(rows[r] + i);
+  for (; i + Step::kSize <= end; i += Step::kSize) {
+    Value x[R];
+    for (int r = 0; r < R; ++r) x[r] = Step::load(rows[r] + i);
     for (int c = 0; c < C; ++c) {
-      const Vec weight = load(w + c * stride + i);
-      for (int r = 0; r < R; ++r) sums[r][c] = fma(x[r], weight, sums[r][c]);
+      const Value weight = Step::load(w + c * stride + i);
+      for (int r = 0; r < R; ++r) sums[r][c] = Step::add_products(x[r], weight, sums[r][c]);
     }
   }
   if (i < end) {
     for (int c = 0; c < C; ++c) {
-      const Vec weight = load_some(w + c * stride + i, end - i);
-      for (int r = 0; r < R; ++r) sums[r][c] = fma(load(rows[r] + i), weight, sums[r][c]);
+      Number padded[Step::kSize] = {};
+      std::memcpy(padded, w + c * stride + i, static_cast<size_t>(end - i) * sizeof(Number));
+      const Value weight = Step::load(padded);
+      for (int r = 0; r < R; ++r)
+        sums[r][c] = Step::add_products(Step::load(rows[r] + i), weight, sums[r][c]);
     }
   }
 }
@@ -62,8 +96,8 @@ static inline void finish_dot(const Vec (&sums)[R][C], float* out, int64_t out_s
 }
 
 // out[r][c] = rows[r] . w[c]
-template <int R, int C, class Number>
-static void dot_tile(const float* const* rows, const Number* w, int64_t stride, int64_t length,
+template <int R, int C, class Input, class Number>
+static void dot_tile(const Input* const* rows, const Number* w, int64_t stride, int64_t length,
                      float* out, int64_t out_stride) {
   Vec sums[R][C];
   for (int r = 0; r < R; ++r)
@@ -72,8 +106,8 @@ static void dot_tile(const float* const* rows, const Number* w, int64_t stride, 
   finish_dot<R, C>(sums, out, out_stride);
 }
 
-template <int R, class Number>
-static void dot_columns(const float* const* rows, const Number* w, int64_t stride, int64_t length,
+template <int R, class Input, class Number>
+static void dot_columns(const Input* const* rows, const Number* w, int64_t stride, int64_t length,
                         int64_t num_columns, float* out, int64_t out_stride) {
   int64_t c = 0;
   for (; c + kTileColumns <= num_columns; c += kTileColumns)
@@ -83,8 +117,8 @@ static void dot_columns(const float* const* rows, const Number* w, int64_t strid
 }
 
 // out[r][c] = rows[r] . w[c] for any number of rows and columns.
-template <class Number>
-static void dot_all(const float* const* rows, int64_t num_rows, const Number* w, int64_t stride,
+template <class Input, class Number>
+static void dot_all(const Input* const* rows, int64_t num_rows, const Number* w, int64_t stride,
                     int64_t length, int64_t num_columns, float* out, int64_t out_stride) {
   int64_t r = 0;
   for (; r + kTileRows <= num_rows; r += kTileRows)
@@ -107,8 +141,8 @@ static inline int64_t count_panel_bytes(int64_t length) {
 
 // As `dot_all` for whole tiles of rows and kPanelColumns columns, in parts of the rows that stay in
 // the L1 cache together with their weights; sums wait in `kept` between one part and the next.
-template <class Number>
-static void dot_panel(const float* const* rows, int64_t num_rows, const Number* w, int64_t stride,
+template <class Input, class Number>
+static void dot_panel(const Input* const* rows, int64_t num_rows, const Number* w, int64_t stride,
                       int64_t length, float* out, int64_t out_stride, float* kept) {
   constexpr int64_t kTilesPerPanel = kPanelColumns / kTileColumns;
   constexpr int64_t kTileSize = kTileRows * kTileColumns * kLanes;
@@ -135,8 +169,8 @@ static void dot_panel(const float* const* rows, int64_t num_rows, const Number* 
 }
 
 // The same for any number of rows and columns.
-template <class Number>
-static void dot_blocked(const float* const* rows, int64_t num_rows, const Number* w, int64_t stride,
+template <class Input, class Number>
+static void dot_blocked(const Input* const* rows, int64_t num_rows, const Number* w, int64_t stride,
                         int64_t length, int64_t num_columns, float* out, int64_t out_stride,
                         float* kept) {
   const int64_t whole = num_columns == kPanelColumns ? num_rows / kTileRows * kTileRows : 0;
@@ -184,6 +218,23 @@ static inline void multiply_plain(const float* const* rows, int64_t num_rows, co
     }
   }
 }
+
+#if defined(__AVX512BF16__)
+// The same for inputs and weights of bf16: nothing is converted.
+static inline void multiply_plain(const uint16_t* const* rows, int64_t num_rows,
+                                  const Weight& weight, int64_t expert, int64_t begin, int64_t end,
+                                  float* out, int64_t out_stride, float* memory) {
+  const int64_t length = weight.num_columns, num_columns = end - begin;
+  const uint16_t* const w = static_cast<const uint16_t*>(weight.data) +
+                            expert * weight.expert_stride + begin * length;
+  if (num_rows < kPanelMinRows)
+    return dot_all(rows, num_rows, w, length, length, num_columns, out, out_stride);
+  for (int64_t c = 0; c < num_columns; c += kPanelColumns) {
+    const int64_t count = num_columns - c < kPanelColumns ? num_columns - c : kPanelColumns;
+    dot_blocked(rows, num_rows, w + c * length, length, length, count, out + c, out_stride, memory);
+  }
+}
+#endif
 
 }  // namespace TRAMONTANE_ISA
 }  // namespace tramontane

@@ -11,12 +11,12 @@ class RouterTask final : public Task {
   RouterTask(const RouterArguments& arguments, Scratch& scratch, int num_threads)
       : a_(arguments), weight_{arguments.weight.data, arguments.weight.type, 0, nullptr, nullptr,
                                arguments.num_experts, arguments.dim,         0} {
-    row_bytes_ = Inputs::count_bytes(1, weight_);
+    row_bytes_ = Inputs::count_bytes(1, weight_, a_.x.type);
     memory_ = static_cast<char*>(scratch.reserve(row_bytes_ * num_threads));
   }
 
   void run(Team& team, int thread) override {
-    Inputs inputs(memory_ + thread * row_bytes_, weight_);
+    Inputs inputs(memory_ + thread * row_bytes_, weight_, a_.x.type);
     for (int64_t t; (t = team.take(a_.num_tokens)) < a_.num_tokens;) {
       float* const logits = a_.logits + t * a_.num_experts;
       inputs.set_plain(0, a_.x.data, a_.x.type, t * a_.dim);

@@ -85,6 +85,18 @@ static inline Vec keep_at_least(Vec v, Vec x, Vec least) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, least, _CMP_GE_OQ), v);
 }
 
+#if defined(__AVX512BF16__)
+constexpr bool kHasHalfDots = true;  // of bf16 with bf16, in pairs, added up in fp32
+constexpr int kHalfLanes = 32;
+using HalfVec = __m512bh;
+
+static inline HalfVec load_halves(const uint16_t* from) {
+  return (HalfVec)_mm512_loadu_si512(from);
+}
+// Each lane of c plus two products; numbers below 2^-126 count as zero.
+static inline Vec add_pairs(HalfVec a, HalfVec b, Vec c) { return _mm512_dpbf16_ps(c, a, b); }
+#endif
+
 static inline __m256 fold(Vec v) {
   return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
 }
@@ -195,6 +207,10 @@ static inline Vec scale_by_power(Vec a, Vec exponent) {
   });
 }
 
+#endif
+
+#if !defined(__AVX512BF16__)
+constexpr bool kHasHalfDots = false;
 #endif
 
 // The first `count` of a vector's floats, the rest zero: reads nothing beyond them.

@@ -25,11 +25,15 @@ def read_bounds(kernel: str) -> Bounds:
     return Bounds(*(float(cell) for cell in row[1:]))
 
 
-def measure_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative to the largest expected value. Infinite if a value is NaN."""
+def measure_error(actual: Tensor, expected: Tensor, scale: float | None = None) -> float:
+    """Largest difference, relative to `scale` (None: the largest expected value).
+
+    Infinite if a value is NaN.
+    """
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     if expected.numel() == 0:
         return 0.0
-    scale = max(expected.abs().max().item(), _SMALLEST_SCALE)
+    if scale is None:
+        scale = max(expected.abs().max().item(), _SMALLEST_SCALE)
     error = (actual.double() - expected.double()).abs().max().item() / scale
     return error if error == error else float("inf")

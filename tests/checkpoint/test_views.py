@@ -45,7 +45,11 @@ STACKS = {"experts.w1", "experts.w2", "experts.w3"}
 needs_maps = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is mapped")
 
 
-@pytest.fixture(params=["fused", "native avx512", "native avx2", "native portable"])
+@pytest.fixture(
+    params=[
+        "fused", "native avx512_bf16", "native avx512", "native avx2", "native portable",
+    ]
+)  # fmt: skip
 def _kernels(
     request: pytest.FixtureRequest, choose_kernels: Callable[[str], None]
 ) -> Iterator[None]:

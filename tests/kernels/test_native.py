@@ -12,13 +12,13 @@ from torch import Tensor
 from tests.bounds import measure_error, read_bounds
 from tramontane.errors import ConfigError
 from tramontane.kernels import fused, native, reference
-from tramontane.kernels.packing import PackedWeight, pack
+from tramontane.kernels.packing import PackedWeight, dequantize, pack
 
 if not native.is_available():
     pytest.skip("the native kernels have not been built", allow_module_level=True)
 
 BEST = native.get_instruction_set()
-INSTRUCTION_SETS = [name for name in ("avx512", "avx2", "portable")
+INSTRUCTION_SETS = [name for name in ("avx512_bf16", "avx512", "avx2", "portable")
                     if native._native.choose_kernels(name)]  # fmt: skip
 native._native.choose_kernels(BEST)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -63,11 +63,13 @@ def draw_routing(
     return reference.top_k_routing(logits, num_slots)
 
 
-def assert_close(name: str, actual: Tensor, expected: Tensor) -> None:
+def assert_close(
+    name: str, actual: Tensor, expected: Tensor, scale: float | None = None
+) -> None:
     bounds = read_bounds(name)
     bound = bounds.fp32_values if actual.dtype == torch.float32 else bounds.bf16_values
     assert actual.dtype in DTYPES
-    assert measure_error(actual, expected) <= bound
+    assert measure_error(actual, expected, scale) <= bound
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -398,12 +400,15 @@ def test_what_is_not_for_them_goes_to_fused() -> None:
 def test_linear_of_any_size(
     num_tokens: int, num_rows: int, num_groups: int, num_threads: int
 ) -> None:
+    """Errors are measured against what such sums come to: a single one may cancel to nothing."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     x = draw(num_tokens, num_groups * 32)
     weight = draw(num_rows, num_groups * 32, seed=1)
-    assert_close("linear", native.linear(x, weight), reference.linear(x, weight))
+    scale = (num_groups * 32) ** 0.5
+    assert_close("linear", native.linear(x, weight), reference.linear(x, weight), scale)
     packed = draw_weight(num_rows, num_groups * 32, bits=4)
     expected = reference.quantized_linear(x, packed)
-    assert_close("quantized_linear", native.quantized_linear(x, packed), expected)
+    scale *= dequantize(packed).std().item()
+    assert_close("quantized_linear", native.quantized_linear(x, packed), expected, scale)
     torch.set_num_threads(before)

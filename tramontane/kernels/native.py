@@ -57,7 +57,7 @@ def is_available() -> bool:
 
 
 def get_instruction_set() -> str:
-    """The one whose kernels run: avx512, avx2 or portable."""
+    """The one whose kernels run: avx512_bf16, avx512, avx2 or portable."""
     return _native.get_name()
 
 
@@ -69,7 +69,7 @@ def _set_up() -> None:
     if not _native.choose_kernels(name):
         raise ConfigError(
             f"TRAMONTANE_ISA is {name!r}; this processor runs {get_instruction_set()}, and there "
-            "are avx512, avx2 and portable"
+            "are avx512_bf16, avx512, avx2 and portable"
         )
     folder = Path(torch.__file__).parent / "lib"
     if not any(_native.use_openmp(str(folder / name)) for name in _TORCH_LIBRARIES):
