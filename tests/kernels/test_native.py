@@ -63,9 +63,7 @@ def draw_routing(
     return reference.top_k_routing(logits, num_slots)
 
 
-def assert_close(
-    name: str, actual: Tensor, expected: Tensor, scale: float | None = None
-) -> None:
+def assert_close(name: str, actual: Tensor, expected: Tensor, scale: float | None = None) -> None:
     bounds = read_bounds(name)
     bound = bounds.fp32_values if actual.dtype == torch.float32 else bounds.bf16_values
     assert actual.dtype in DTYPES
