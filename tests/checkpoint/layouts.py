@@ -14,7 +14,8 @@ from tramontane.checkpoint.assembly import Assembly
 from tramontane.checkpoint.gguf import describe_for_gguf
 from tramontane.checkpoint.gguf_writer import write_gguf
 from tramontane.checkpoint.mistral import write_params
-from tramontane.checkpoint.names import GGUF, GGUF_EACH, TORRENT, NameTable
+from tramontane.checkpoint.name_table import NameTable
+from tramontane.checkpoint.names import GGUF, GGUF_EACH, TORRENT
 from tramontane.checkpoint.parameters import ParametersInMemory
 from tramontane.checkpoint.writer import save_model, write_mistral
 from tramontane.models.transformer import Transformer

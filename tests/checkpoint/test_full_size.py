@@ -19,7 +19,8 @@ from tramontane.checkpoint.assembly import Assembly
 from tramontane.checkpoint.gguf import describe_for_gguf
 from tramontane.checkpoint.intake import open_checkpoint
 from tramontane.checkpoint.mistral import write_params
-from tramontane.checkpoint.names import GGUF, HF, MISTRAL, TORRENT, NameTable
+from tramontane.checkpoint.name_table import NameTable
+from tramontane.checkpoint.names import GGUF, HF, MISTRAL, TORRENT
 from tramontane.checkpoint.parameters import ParametersInMemory
 from tramontane.checkpoint.summary import summarize
 from tramontane.config import get_preset

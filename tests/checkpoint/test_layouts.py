@@ -25,7 +25,8 @@ from tramontane.checkpoint.files.torch_file import read_torch_table
 from tramontane.checkpoint.gguf_writer import write_gguf
 from tramontane.checkpoint.intake import open_checkpoint
 from tramontane.checkpoint.loader import load_model
-from tramontane.checkpoint.names import GGUF, HF, MISTRAL, TORRENT, NameTable
+from tramontane.checkpoint.name_table import NameTable
+from tramontane.checkpoint.names import GGUF, HF, MISTRAL, TORRENT
 from tramontane.checkpoint.parameters import StoredParameters
 from tramontane.checkpoint.writer import write_hf, write_mistral
 from tramontane.errors import CheckpointError

@@ -11,7 +11,8 @@ from tests.tiny import make_config
 from tramontane.checkpoint.assembly import Assembly
 from tramontane.checkpoint.inference import infer_model
 from tramontane.checkpoint.listing import parse_listing
-from tramontane.checkpoint.names import GGUF, GGUF_EACH, HF, HF_FUSED, MISTRAL, TORRENT, NameTable
+from tramontane.checkpoint.name_table import NameTable
+from tramontane.checkpoint.names import GGUF, GGUF_EACH, HF, HF_FUSED, MISTRAL, TORRENT
 from tramontane.checkpoint.parameters import ParametersInMemory
 from tramontane.checkpoint.summary import summarize
 from tramontane.errors import CheckpointError

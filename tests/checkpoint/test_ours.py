@@ -16,7 +16,8 @@ from tramontane.checkpoint.assembly import Assembly
 from tramontane.checkpoint.gguf_writer import write_gguf
 from tramontane.checkpoint.intake import open_checkpoint
 from tramontane.checkpoint.loader import load_model
-from tramontane.checkpoint.names import GGUF, HF, HF_FUSED, MISTRAL, TORRENT, NameTable
+from tramontane.checkpoint.name_table import NameTable
+from tramontane.checkpoint.names import GGUF, HF, HF_FUSED, MISTRAL, TORRENT
 from tramontane.checkpoint.parameters import ParametersInMemory
 from tramontane.checkpoint.quantized import list_parameters
 from tramontane.checkpoint.summary import summarize

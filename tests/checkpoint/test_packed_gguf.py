@@ -17,7 +17,8 @@ from tramontane.checkpoint.files import gguf_values
 from tramontane.checkpoint.gguf import describe_for_gguf
 from tramontane.checkpoint.intake import open_checkpoint
 from tramontane.checkpoint.loader import load_model
-from tramontane.checkpoint.names import GGUF, GGUF_EACH, NameTable
+from tramontane.checkpoint.name_table import NameTable
+from tramontane.checkpoint.names import GGUF, GGUF_EACH
 from tramontane.config import MoeConfig
 from tramontane.engine.loading import load_for_running
 from tramontane.errors import CheckpointError

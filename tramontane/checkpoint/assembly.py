@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tramontane.checkpoint.files.stored_tensor import DTYPES
-from tramontane.checkpoint.names import ExpectedTensor, NameTable
+from tramontane.checkpoint.name_table import ExpectedTensor, NameTable
 from tramontane.checkpoint.parameters import Parameters
 from tramontane.config import ModelConfig
 from tramontane.errors import CheckpointError

@@ -17,7 +17,7 @@ from tramontane.checkpoint.differences import (
     name_with_reason,
 )
 from tramontane.checkpoint.files.stored_tensor import DTYPE_NAMES, DTYPES, StoredTensor
-from tramontane.checkpoint.names import ExpectedTensor, NameTable, TensorMap
+from tramontane.checkpoint.name_table import ExpectedTensor, NameTable, TensorMap
 from tramontane.config import ModelConfig
 from tramontane.errors import CheckpointError
 from tramontane.kernels.dispatch import get_kernels

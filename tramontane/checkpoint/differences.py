@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from tramontane.checkpoint.names import ExpectedTensor, TensorMap
+from tramontane.checkpoint.name_table import ExpectedTensor, TensorMap
 
 _MAX_LISTED = 50
 _MAX_COUNTED = 100_000  # names; a configuration may ask for any number of layers

@@ -16,8 +16,9 @@ from tramontane.checkpoint.gguf_keys import (
     require_keys,
 )
 from tramontane.checkpoint.layout import Contents, Formats, Layout
+from tramontane.checkpoint.name_table import TensorMap
 from tramontane.checkpoint.names import GGUF as GGUF_NAMES
-from tramontane.checkpoint.names import GGUF_EACH, TensorMap
+from tramontane.checkpoint.names import GGUF_EACH
 from tramontane.checkpoint.packed import FORMAT_OF_ENCODING
 from tramontane.config import ModelConfig, MoeConfig, build_config, divide_heads
 from tramontane.errors import ConfigError

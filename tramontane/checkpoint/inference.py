@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tramontane.checkpoint.differences import find_differences
 from tramontane.checkpoint.intake import LAYOUTS, describe_strangers
-from tramontane.checkpoint.names import NameTable
+from tramontane.checkpoint.name_table import NameTable
 from tramontane.config import ModelConfig, MoeConfig
 from tramontane.errors import CheckpointError, ConfigError
 

@@ -28,7 +28,8 @@ from tramontane.checkpoint.grouping import LOOKED_FOR, find_group, list_entries
 from tramontane.checkpoint.hf import HUGGING_FACE
 from tramontane.checkpoint.layout import Container, Contents, Formats, Layout
 from tramontane.checkpoint.mistral import MISTRAL
-from tramontane.checkpoint.names import STRIPED_HYENA, NameTable, TensorMap
+from tramontane.checkpoint.name_table import NameTable, TensorMap
+from tramontane.checkpoint.names import STRIPED_HYENA
 from tramontane.checkpoint.ours import OURS
 from tramontane.checkpoint.quantized import QUANTIZED
 from tramontane.checkpoint.side_files import check_side_files

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tramontane.checkpoint.files.stored_tensor import StoredTensor
-from tramontane.checkpoint.names import NameTable, TensorMap
+from tramontane.checkpoint.name_table import NameTable, TensorMap
 from tramontane.config import ModelConfig
 from tramontane.quant.formats import QuantFormat
 

@@ -20,7 +20,7 @@ from tramontane.checkpoint.changes import SAME
 from tramontane.checkpoint.check import TensorPair, check_finite_values
 from tramontane.checkpoint.files.stored_tensor import UNPACKED, StackViewer, StoredTensor
 from tramontane.checkpoint.intake import Checkpoint, open_checkpoint
-from tramontane.checkpoint.names import Part
+from tramontane.checkpoint.name_table import Part
 from tramontane.checkpoint.packed import read_packed
 from tramontane.config import ModelConfig
 from tramontane.errors import CheckpointError

@@ -8,29 +8,8 @@ from math import prod
 
 from tramontane.checkpoint.hf import CONFIG_FILE, HUGGING_FACE
 from tramontane.checkpoint.layout import Layout
-from tramontane.checkpoint.names import HF, NameTable
+from tramontane.checkpoint.names import OURS as OUR_NAMES
 from tramontane.config import ModelConfig
-from tramontane.config.moe import RESIDUAL, ROUTERS
-
-_NAMES = [f"gate.{name}" for kind in ROUTERS.values() for name in (*kind.parameters, *kind.buffers)]
-
-OUR_NAMES = NameTable(
-    title="tramontane",
-    tok_embeddings="tok_embeddings.weight",
-    norm="norm.weight",
-    output="output.weight",
-    layer="layers.{layer}.",
-    attention={w: f"attention.{w}.weight" for w in ("wq", "wk", "wv", "wo")},
-    attention_norm="attention_norm.weight",
-    ffn_norm="ffn_norm.weight",
-    dense={w: f"feed_forward.{w}.weight" for w in ("w1", "w2", "w3")},
-    gate="feed_forward.gate.weight",
-    experts={w: f"feed_forward.experts.{w}" for w in ("w1", "w2", "w3")},
-    expert_form="stacked",
-    rope_pairs="halves",
-    fields={**HF.fields, "num_experts": "moe.num_experts"},
-    extras={name: f"feed_forward.{name}" for name in (*_NAMES, *RESIDUAL)},
-)
 
 OURS = Layout(
     name="tramontane",

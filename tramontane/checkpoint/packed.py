@@ -5,7 +5,7 @@ from torch import Tensor
 
 from tramontane.checkpoint.files.gguf_values import PackedTensor
 from tramontane.checkpoint.files.stored_tensor import StoredTensor
-from tramontane.checkpoint.names import Part
+from tramontane.checkpoint.name_table import Part
 from tramontane.errors import CheckpointError, ConfigError
 from tramontane.quant.formats import Fitted, PackedWeight, Packer, QuantFormat, pack_rows
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tramontane.checkpoint.check import TensorPair, check_finite_values
 from tramontane.checkpoint.files.stored_tensor import StoredTensor
-from tramontane.checkpoint.names import Part
+from tramontane.checkpoint.name_table import Part
 
 
 class Parameters(Protocol):

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tramontane.checkpoint import ours
 from tramontane.checkpoint.files.json_file import read_json
 from tramontane.checkpoint.files.stored_tensor import DTYPE_NAMES
 from tramontane.checkpoint.files.untrusted import shorten
 from tramontane.checkpoint.hf import CONFIG_FILE
 from tramontane.checkpoint.layout import Contents, Formats, Layout
-from tramontane.checkpoint.names import HF, Dim, ExpectedTensor, NameTable, Part, TensorMap
+from tramontane.checkpoint.name_table import Dim, ExpectedTensor, NameTable, Part, TensorMap
+from tramontane.checkpoint.names import HF, OURS
 from tramontane.config import ModelConfig
 from tramontane.errors import ConfigError
 from tramontane.quant.formats import (
@@ -42,9 +42,7 @@ class _OurNames(NameTable):
         return (name, *(name_packed(name, suffix) for suffix in SUFFIXES))
 
 
-OUR_NAMES = _OurNames(
-    **vars(ours.OUR_NAMES) | {"title": "tramontane, quantised", "fields": HF.fields}
-)
+OUR_NAMES = _OurNames(**vars(OURS) | {"title": "tramontane, quantised", "fields": HF.fields})
 
 
 def list_parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:

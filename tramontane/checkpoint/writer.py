@@ -16,8 +16,9 @@ from tramontane.atomic import atomic_folder
 from tramontane.checkpoint import hf, mistral
 from tramontane.checkpoint.assembly import Assembly, convert_values
 from tramontane.checkpoint.files.safetensors_file import write_tensors
-from tramontane.checkpoint.names import HF, MISTRAL, NameTable
-from tramontane.checkpoint.ours import OUR_NAMES
+from tramontane.checkpoint.name_table import NameTable
+from tramontane.checkpoint.names import HF, MISTRAL
+from tramontane.checkpoint.names import OURS as OUR_NAMES
 from tramontane.checkpoint.parameters import Parameters, ParametersInMemory
 from tramontane.config import ModelConfig
 from tramontane.errors import CheckpointError
