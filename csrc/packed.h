@@ -45,21 +45,16 @@ static inline void pack_row(const float* x, int64_t length, int64_t group, char*
     }
     const float scale = max_lanes(largest) / 127.0f + sum_lanes(poison);
     const Vec divisor = splat(scale);
-    int32_t sum = 0;
-    for (int64_t i = 0; i < group; i += kLanes) {
-      float rounded[kLanes];
+    Vec total = zero();  // of whole numbers: exact
+    for (int64_t i = g * group; i < (g + 1) * group; i += kLanes) {
       // A scale that is no normal number is itself rounded so far that quotients exceed 127.
-      const Vec quotient =
-          min(splat(127.0f), max(splat(-127.0f), div(load(x + g * group + i), divisor)));
-      store(rounded, scale > 0 ? round(quotient) : zero());
-      for (int j = 0; j < kLanes; ++j) {
-        const auto value = static_cast<int32_t>(rounded[j]);
-        q[g * group + i + j] = static_cast<int8_t>(value);
-        sum += value;
-      }
+      const Vec quotient = min(splat(127.0f), max(splat(-127.0f), div(load(x + i), divisor)));
+      const Vec rounded = scale > 0 ? round(quotient) : zero();
+      store_bytes(q + i, rounded);
+      total = add(total, rounded);
     }
     const_cast<float*>(row.scales)[g] = scale;
-    const_cast<int32_t*>(row.minus_sums)[g] = -sum;
+    const_cast<int32_t*>(row.minus_sums)[g] = -static_cast<int32_t>(sum_lanes(total));
   }
 }
 

@@ -30,9 +30,9 @@ static inline float bf16_to_float(uint16_t bits) {
 static inline uint16_t float_to_bf16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
-  if (value != value) return static_cast<uint16_t>((bits >> 16) | 0x40);
-  bits += 0x7fff + ((bits >> 16) & 1);
-  return static_cast<uint16_t>(bits >> 16);
+  const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;  // no branch: compilers make vectors of it
+  return static_cast<uint16_t>((is_nan ? bits | 0x400000 : rounded) >> 16);
 }
 
 static inline float half_to_float(uint16_t bits) {
@@ -69,6 +69,9 @@ static inline Vec load_half(const uint16_t* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
 }
 static inline void store(float* to, Vec v) { _mm512_storeu_ps(to, v); }
+static inline void store_bytes(int8_t* to, Vec v) {  // whole numbers from -128 to 127
+  _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
 static inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 static inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 static inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
@@ -121,6 +124,12 @@ static inline Vec load_half(const uint16_t* from) {
   return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
 }
 static inline void store(float* to, Vec v) { _mm256_storeu_ps(to, v); }
+static inline void store_bytes(int8_t* to, Vec v) {
+  const __m256i wide = _mm256_cvtps_epi32(v);
+  const __m128i words =
+      _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  _mm_storel_epi64((__m128i*)to, _mm_packs_epi16(words, words));
+}
 static inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 static inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 static inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
@@ -173,6 +182,9 @@ static inline Vec load_half(const uint16_t* from) {
   return each_lane([=](int i) { return half_to_float(from[i]); });
 }
 static inline void store(float* to, Vec v) { std::memcpy(to, v.at, sizeof v.at); }
+static inline void store_bytes(int8_t* to, Vec v) {
+  for (int i = 0; i < kLanes; ++i) to[i] = static_cast<int8_t>(v.at[i]);
+}
 static inline Vec add(Vec a, Vec b) {
   return each_lane([&](int i) { return a.at[i] + b.at[i]; });
 }
