@@ -15,7 +15,7 @@ from tramontane.server.settings import ServerSettings
 from tramontane.server.usage import CostMeter
 
 _log = logging.getLogger("tramontane.server")
-_CHECK_SECONDS = 0.5  # between two looks at the engine's health
+CHECK_SECONDS = 0.5  # between two looks at the engine's health
 _MAX_NAMES_LOGGED = 1000
 
 Phase = Literal["loading", "ready", "draining"]
@@ -114,7 +114,7 @@ class ServerState:
     async def watch_engine(self) -> None:
         """Forever: whoever waits for an engine that died is told so, and waits no longer."""
         while True:
-            await asyncio.sleep(_CHECK_SECONDS)
+            await asyncio.sleep(CHECK_SECONDS)
             if self._engine is None or self._engine.is_healthy():
                 continue
             if self._waiting:
