@@ -1,16 +1,20 @@
 """The server over the engine itself: a pass that hangs, and the counts of both."""
 
 import itertools
+import os
 import re
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from tests.model_folder import save_tiny_model
 from tests.server.live import LiveServer, run_real
 from tests.server.sse import read_events
+from tramontane.engine import grammar_process
 from tramontane.engine.engine import Engine
 from tramontane.engine.pulse import Patience
 from tramontane.server import state
@@ -58,6 +62,29 @@ def test_e17_a_pass_that_hangs_is_known_and_those_who_wait_are_told(folder, monk
         goes_on.set()
         wait_for_health(live, 200)
         assert live.complete("Hello", **fields).json()["choices"] == expected
+
+
+def test_e17_a_stopped_process_of_a_grammar_is_known_too(folder, monkeypatch):
+    """Its answer waits for it, and so does the engine; in the end that answer alone fails."""
+    pytest.importorskip("llguidance")
+    monkeypatch.setattr(grammar_process, "_PATIENCE", 5.0)
+    fields = {"max_tokens": 200, "temperature": 0, "guided_regex": "[ab]{190}"}
+    with run_real(folder) as live, ThreadPoolExecutor(1) as pool:
+        expected = live.complete("Hello", **fields).json()["choices"]
+        grammar = find_child(live.engine._builder._compiler._host._process.pid)
+        os.kill(grammar, signal.SIGSTOP)
+        waiting = pool.submit(live.complete, "Hello", **fields)
+        wait_for_health(live, 503)
+        assert waiting.result().status_code == 503
+        wait_for_health(live, 200)
+        os.kill(grammar, signal.SIGKILL)
+        assert live.complete("Hello", **fields).json()["choices"] == expected
+
+
+def find_child(host: int) -> int:
+    """The only one that it has."""
+    (child,) = Path(f"/proc/{host}/task/{host}/children").read_text().split()
+    return int(child)
 
 
 def test_e17_a_hanging_pass_is_known_within_five_seconds():
