@@ -34,7 +34,7 @@ def wait_for_health(live: LiveServer, status: int) -> dict:
     pytest.fail(f"/health never became {status}")
 
 
-def test_e17_a_pass_that_hangs_is_known_and_those_who_wait_are_told(folder, monkeypatch):
+def test_e17_a_pass_that_hangs_is_known_and_those_who_wait_are_told(folder, monkeypatch, caplog):
     """Streaming or not; who comes later is refused at once; afterwards all is as before."""
     hangs, goes_on = threading.Event(), threading.Event()
     step, num_passes = Engine.step, itertools.count()
@@ -62,6 +62,8 @@ def test_e17_a_pass_that_hangs_is_known_and_those_who_wait_are_told(folder, monk
         goes_on.set()
         wait_for_health(live, 200)
         assert live.complete("Hello", **fields).json()["choices"] == expected
+    said = [record.getMessage() for record in caplog.records]
+    assert "the engine has died or hangs; 2 requests wait" in said
 
 
 def test_e17_a_stopped_process_of_a_grammar_is_known_too(folder, monkeypatch):
