@@ -38,7 +38,7 @@ class Tokenizer(ABC):
         self.vocab_size = len(token_bytes)
         self.control_ids = dict(control_ids)
         self.unk_id, self.bos_id, self.eos_id = unk_id, bos_id, eos_id
-        self.max_token_bytes = max(map(len, token_bytes))
+        self.max_token_bytes = max([1, *map(len, token_bytes)])
         self._bytes_of_token = token_bytes
         self._never_text = frozenset(control_ids.values())
 
