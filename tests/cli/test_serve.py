@@ -20,6 +20,8 @@ KEY = "a-key-0123456789abcdef"
         (["--rate-limit", "0"], "--rate-limit is 0"),
         (["--shutdown-timeout=-1"], "--shutdown-timeout is -1"),
         (["--max-num-seqs", "0"], "max_num_seqs is 0"),
+        (["--hang-seconds", "0"], "hang_seconds is 0"),
+        (["--max-pass-seconds", "nan"], "max_pass_seconds is nan"),
         (["--api-key-file", "nowhere/keys"], "nowhere/keys: No such file"),
     ],
 )

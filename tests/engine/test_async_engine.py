@@ -1,22 +1,16 @@
-"""The engine behind a server: streams, leaving, limits, health (rows A04, A14, A16, E10 - E17)."""
+"""The engine behind a server: streams, leaving, limits (rows A04, A14, A16, E13 - E15)."""
 
 import asyncio
 import json
-import random
-import threading
-import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import pytest
 
 from tests.engine.sequences import count_pool_bytes
+from tests.engine.serving import GREEDY, read, serve, settle
 from tests.model_folder import save_tiny_model
 from tramontane import LLM, SamplingParams
 from tramontane.engine.async_engine import AnswerStream, AsyncEngine
-from tramontane.engine.completion import Completion
 from tramontane.engine.constraint import Constraint
-from tramontane.engine.engine import Engine
 from tramontane.engine.request import Request
 from tramontane.errors import (
     CapacityError,
@@ -27,45 +21,10 @@ from tramontane.errors import (
     UnavailableError,
 )
 
-GREEDY = SamplingParams(temperature=0, max_tokens=16)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@asynccontextmanager
-async def serve(folder, *, hang_seconds=60.0, **limits) -> AsyncIterator[tuple[LLM, AsyncEngine]]:
-    llm = LLM(folder, **limits)
-    engine = AsyncEngine(llm, hang_seconds=hang_seconds)
-    engine.start()
-    try:
-        yield llm, engine
-    finally:
-        engine.stop()
-        llm.sequences.close()
-
-
-async def read(stream: AnswerStream) -> tuple[list[str], list[Completion]]:
-    """The text that came for each answer, and the answers."""
-    texts = [""] * stream.request.params.n
-    completions = []
-    async for updates in stream:
-        for choice, pieces, completion in updates:
-            texts[choice] += "".join(piece.text for piece in pieces)
-            if completion is not None:
-                completions.append(completion)
-    return texts, sorted(completions, key=lambda c: c.index)
-
-
-async def settle(llm: LLM) -> None:
-    """Wait until nothing runs, and see that nothing is held."""
-    until = time.monotonic() + 10
-    while llm.engine.num_unfinished or llm.engine.num_cache_bytes:
-        assert time.monotonic() < until, llm.engine.get_stats()
-        await asyncio.sleep(0.01)
-    llm.engine.check_integrity()
 
 
 def test_200_requests_at_once_are_answered_as_each_alone(folder):
@@ -76,7 +35,7 @@ def test_200_requests_at_once_are_answered_as_each_alone(folder):
             requests = [llm.build_request(f"marker {i} " * (i % 5 + 1), GREEDY) for i in range(200)]
             alone = LLM(folder).run(requests[::20])
             answers = await asyncio.gather(*(read(engine.submit(r)) for r in requests))
-            await settle(llm)
+            await settle(engine)
             for texts, [completion] in answers:
                 assert texts == [completion.text]
             for (_, [completion]), expected in zip(answers[::20], alone, strict=True):
@@ -127,7 +86,7 @@ def test_a_caller_who_leaves_frees_everything(folder, moment):
                     await anext(stream)
                 stream.cancel()
                 stream.cancel()
-            await settle(llm)
+            await settle(engine)
             assert not engine._streams
             assert not engine._stream_of
 
@@ -176,7 +135,7 @@ def test_a_bad_constraint_ends_its_own_request(folder):
                 await read(streams[0])
             _, [completion] = await read(streams[1])
             assert completion.token_ids == LLM(folder).run([good])[0].token_ids
-            await settle(llm)
+            await settle(engine)
 
     asyncio.run(run())
 
@@ -216,52 +175,7 @@ def test_draining_lets_the_running_end_and_then_ends_the_rest(folder):
             await engine.drain(0)
             answers = await asyncio.wait_for(asyncio.gather(*readers), 10)
             assert {c.finish_reason for _, many in answers for c in many} <= {"abort", "length"}
-            await settle(llm)
-
-    asyncio.run(run())
-
-
-def test_a_dead_engine_says_so_to_everyone(folder, monkeypatch):
-    """E17: its thread ends with an error that is nobody's request's."""
-
-    async def run():
-        async with serve(folder) as (llm, engine):
-            assert engine.is_healthy()
-            reader = asyncio.create_task(read(engine.submit(llm.build_request("Hello", GREEDY))))
-
-            def die(self):
-                raise AssertionError("of the scheduler")
-
-            monkeypatch.setattr(Engine, "step", die)
-            with pytest.raises(UnavailableError, match="has died"):
-                await asyncio.wait_for(reader, 5)
-            engine._thread.join(5)
-            assert not engine.is_healthy()
-            with pytest.raises(UnavailableError):
-                engine.submit(llm.build_request("Hello", GREEDY))
-
-    asyncio.run(run())
-
-
-def test_a_hanging_engine_is_not_healthy(folder, monkeypatch):
-    """E17."""
-
-    async def run():
-        async with serve(folder, hang_seconds=0.1) as (llm, engine):
-            goes_on = threading.Event()
-            step = Engine.step
-
-            def hang(self):
-                goes_on.wait(5)
-                return step(self)
-
-            monkeypatch.setattr(Engine, "step", hang)
-            stream = engine.submit(llm.build_request("Hello", GREEDY))
-            await asyncio.sleep(0.3)
-            assert not engine.is_healthy()
-            goes_on.set()
-            await read(stream)
-            assert engine.is_healthy()
+            await settle(engine)
 
     asyncio.run(run())
 
@@ -271,8 +185,7 @@ def test_a_failing_pass_leaves_the_engine_alive(folder, monkeypatch):
 
     async def run():
         async with serve(folder) as (llm, engine):
-            runner = llm.engine._runner
-            monkeypatch.setattr(runner, "run", lambda given: 1 / 0)
+            monkeypatch.setattr(engine._engine._runner, "run", lambda given: 1 / 0)
             _, [completion] = await read(engine.submit(llm.build_request("Hello", GREEDY)))
             assert completion.finish_reason == "error"
             assert isinstance(completion.error, EngineError)
@@ -280,103 +193,44 @@ def test_a_failing_pass_leaves_the_engine_alive(folder, monkeypatch):
             assert engine.is_healthy()
             _, [completion] = await read(engine.submit(llm.build_request("Hello", GREEDY)))
             assert completion.finish_reason == "length"
-            await settle(llm)
+            await settle(engine)
 
     asyncio.run(run())
 
 
-def test_an_idle_engine_costs_nothing(folder):
-    """E40, in short."""
+def test_one_engine_is_run_by_one_thread(folder):
+    """Whoever holds the model too is refused; what was begun there must end first."""
 
     async def run():
-        async with serve(folder) as (llm, engine):
-            await read(engine.submit(llm.build_request("Hello", GREEDY)))
-            before = time.process_time()
-            await asyncio.sleep(1.5)
-            assert time.process_time() - before < 0.03 + 0.02 * 1.5
+        llm = LLM(folder)
+        stream = llm.stream("Hello", GREEDY)
+        with pytest.raises(EngineError, match=r"1 answers of .* are unfinished"):
+            AsyncEngine(llm)
+        stream.close()
+        engine = AsyncEngine(llm)
+        for ask in (llm.generate, llm.stream):
+            with pytest.raises(EngineError, match="handed to an AsyncEngine"):
+                ask("Hello", GREEDY)
+        with pytest.raises(EngineError, match="handed to an AsyncEngine"):
+            AsyncEngine(llm)
+        engine.start()
+        _, [completion] = await read(engine.submit(llm.build_request("Hello", GREEDY)))
+        assert completion.token_ids == LLM(folder).generate("Hello", GREEDY).token_ids
+        engine.stop()
 
     asyncio.run(run())
 
 
-def test_a_burst_with_cancels(folder):
-    asyncio.run(run_burst(folder, count=120, seed=0))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
-def test_a_burst_of_500_with_cancels(folder, seed):
-    """E10 at the engine."""
-    asyncio.run(run_burst(folder, count=500, seed=seed))
-
-
-async def run_burst(folder, *, count: int, seed: int) -> None:
-    rng = random.Random(seed)
-    async with serve(folder, max_num_seqs=64) as (llm, engine):
-
-        async def one(number: int) -> str:
-            params = SamplingParams(max_tokens=rng.randint(1, 64), seed=number)
-            stream = engine.submit(llm.build_request(f"request {number}", params))
-            leave_after = rng.randint(0, 60) if rng.random() < 0.3 else None
-            num_pieces = 0
-            async for updates in stream:
-                for update in updates:
-                    num_pieces += len(update.pieces)
-                    if update.completion is not None:
-                        return update.completion.finish_reason
-                if leave_after is not None and num_pieces >= leave_after:
-                    stream.cancel()
-                    return "left"
-            return "nothing"
-
-        answers = await asyncio.wait_for(asyncio.gather(*map(one, range(count))), 60)
-        assert set(answers) <= {"left", "stop", "length"}
-        await settle(llm)
-
-
-@pytest.mark.slow
-def test_soak_of_10000_requests(folder):
-    """E11 at the engine: mixed lengths, 10 % leave, 5 % are invalid, half share a beginning."""
-
+def test_passes_are_counted_by_their_size(folder):
     async def run():
-        rng = random.Random(0)
-        counts = {"finished": 0, "left": 0, "refused": 0}
-        sizes = []
-        async with serve(folder, max_num_seqs=32) as (llm, engine):
-            gate = asyncio.Semaphore(64)
-
-            async def one(number: int) -> None:
-                async with gate:
-                    length = rng.randint(1, 180)
-                    shared = [7] * (length // 2) if rng.random() < 0.5 else []
-                    ids = shared + [rng.randint(3, 250) for _ in range(length - len(shared))]
-                    if rng.random() < 0.05:
-                        ids = [10**6]
-                    params = SamplingParams(max_tokens=rng.randint(1, 64), seed=number)
-                    try:
-                        stream = engine.submit(Request(prompt_ids=ids, params=params))
-                    except RequestError:
-                        counts["refused"] += 1
-                        return
-                    if rng.random() < 0.1:
-                        stream.cancel()
-                        counts["left"] += 1
-                        return
-                    _, [completion] = await read(stream)
-                    assert completion.error is None
-                    counts["finished"] += 1
-                    if number % 1000 == 0:
-                        sizes.append(read_resident_bytes())
-
-            await asyncio.gather(*map(one, range(10_000)))
-            await settle(llm)
-            assert sum(counts.values()) == 10_000
-            assert min(counts.values()) > 0
-            assert threading.active_count() < 12
-            assert sizes[-1] - sizes[len(sizes) // 4] < 10 * 2**20
+        async with serve(folder, max_num_batched_tokens=16, max_num_seqs=4) as (llm, engine):
+            _, [completion] = await read(engine.submit(llm.build_request("x" * 39, GREEDY)))
+            stats = engine.get_stats()
+            assert completion.num_prompt_tokens == 40
+            assert stats.pass_sizes == {16: 2, 8: 1, 1: 15}
+            assert stats.num_passes == 18
+            assert engine.cache_config["block_size"] == 16
+            assert engine.cache_config["num_gpu_blocks"] == 4 * 256 / 16
+            assert engine.cache_config["cache_dtype"] == "float32"
 
     asyncio.run(run())
-
-
-def read_resident_bytes() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096

@@ -55,6 +55,9 @@ class FakeEngine:
     is_alive: bool = True
     keeps_requests: bool = True  # for tests that look at them; else the last alone
     model: SimpleNamespace = field(default_factory=make_facts)
+    cache_config: dict[str, Any] = field(
+        default_factory=lambda: {"block_size": 16, "sliding_window": None}
+    )
 
     def __post_init__(self) -> None:
         self.tokenizer = ByteTokenizer()
@@ -86,7 +89,7 @@ class FakeEngine:
         return SimpleNamespace(
             num_running=len(self.running), num_waiting=self.num_waiting, kv_cache_usage=0.25,
             prefix_cache_queries=tokens, prefix_cache_hits=0, num_preemptions=0,
-            num_prompt_tokens=tokens, num_generation_tokens=7,
+            num_prompt_tokens=tokens, num_generation_tokens=7, pass_sizes={1: 5, 9: 2, 20_000: 1},
             expert_tokens=[[1, 2, 3, 4], [10, 0, 0, 0]],
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""A real server over a fake engine, in a thread of the test's process."""
+"""A real server over a fake or a real engine, in a thread of the test's process."""
 
 import asyncio
 import json
@@ -6,17 +6,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx2
 from fastapi import FastAPI
 
 from tests.server.fake_engine import FakeEngine
+from tramontane import LLM
+from tramontane.engine.async_engine import AsyncEngine
+from tramontane.engine.pulse import Patience
 from tramontane.server.app import build_app
 from tramontane.server.connection import ConnectionConfig
 from tramontane.server.listener import HttpServer, open_socket
 from tramontane.server.settings import ServerSettings
 from tramontane.server.state import ServerState
+
+_PATIENCE = Patience()
 
 
 class LiveServer:
@@ -46,9 +52,13 @@ class LiveServer:
     def wait_idle(self, seconds: float = 10) -> None:
         """Nothing runs or waits in the engine, and nobody waits for it."""
         end = time.monotonic() + seconds
-        while self.engine.num_unfinished or self.state.num_waiting:
-            assert time.monotonic() < end, (self.engine.num_unfinished, self.state.num_waiting)
+        while (left := self._count_unfinished()) or self.state.num_waiting:
+            assert time.monotonic() < end, (left, self.state.num_waiting)
             time.sleep(0.005)
+
+    def _count_unfinished(self) -> int:
+        stats = self.engine.get_stats()
+        return stats.num_running + stats.num_waiting
 
     def post(self, path: str, **body: Any) -> httpx2.Response:
         headers = {"content-type": "application/json"}
@@ -64,8 +74,26 @@ class LiveServer:
 
 
 @contextmanager
+def run_real(
+    folder: Path, *, patience: Patience = _PATIENCE, limits: dict[str, int] | None = None,
+    **settings: Any,
+) -> Iterator[LiveServer]:  # fmt: skip
+    """Over the model of this folder."""
+    llm = LLM(folder, **(limits or {}))
+    engine = AsyncEngine(llm, name="real", patience=patience)
+    engine.start()
+    try:
+        with run_live(lambda: engine, **settings) as live:
+            yield live
+            live.wait_idle()
+    finally:
+        engine.stop()
+        llm.sequences.close()
+
+
+@contextmanager
 def run_live(
-    make_engine: Callable[[], FakeEngine] | None = FakeEngine, **settings: Any
+    make_engine: Callable[[], FakeEngine | AsyncEngine] | None = FakeEngine, **settings: Any
 ) -> Iterator[LiveServer]:
     """Without `make_engine` the model never loads."""
     state = ServerState(ServerSettings(port=0, **settings))

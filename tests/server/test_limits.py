@@ -84,6 +84,21 @@ def test_bodies_are_bounded():
         assert packed.status_code == 415
 
 
+def test_who_sends_all_before_it_reads_sees_the_refusal():
+    """And not a connection that breaks while it sends."""
+    begin = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+    body = b"x" * 8_000_000
+    chunk = b"%x\r\n%s\r\n" % (len(body), body)
+    with run_live(max_body_bytes=10_000) as live:
+        for rest in (b"Content-Length: 8000000\r\n\r\n" + body,
+                     b"Transfer-Encoding: chunked\r\n\r\n" + chunk + b"0\r\n\r\n"):  # fmt: skip
+            answer = send(live.port, begin + rest)
+            assert answer.startswith(b"HTTP/1.1 413")
+            assert answer.endswith(b"}")
+        asked = begin + b"Content-Length: 8000000\r\nExpect: 100-continue\r\n\r\n"
+        assert send(live.port, asked).startswith(b"HTTP/1.1 413")
+
+
 def test_there_is_a_most_of_connections():
     with run_live(max_connections=3) as live:
         held = [socket.create_connection(("127.0.0.1", live.port), 10) for _ in range(3)]

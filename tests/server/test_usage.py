@@ -123,17 +123,35 @@ def test_metrics_have_vllms_names():
             "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc",
             "prompt_tokens_total", "generation_tokens_total", "prefix_cache_queries_total",
             "prefix_cache_hits_total", "num_preemptions_total", "request_success_total",
-            "time_to_first_token_seconds_bucket", "inter_token_latency_seconds_sum",
-            "e2e_request_latency_seconds_count", "request_params_n_count",
-            "expert_tokens_total", "expert_load_imbalance",
+            "cache_config_info", "expert_tokens_total", "expert_load_imbalance",
         ):  # fmt: skip
             assert name in names, name
+        for name in (
+            "time_to_first_token_seconds", "inter_token_latency_seconds",
+            "request_time_per_output_token_seconds", "e2e_request_latency_seconds",
+            "request_queue_time_seconds", "request_prefill_time_seconds",
+            "request_decode_time_seconds", "request_inference_time_seconds",
+            "request_prompt_tokens", "request_generation_tokens", "request_params_max_tokens",
+            "request_params_n", "iteration_tokens_total",
+        ):  # fmt: skip
+            assert {name + end for end in ("_bucket", "_count", "_sum")} <= names, name
         assert metrics["tramontane:prompt_tokens_total", labels] == 12
         finished = (*labels[:1], ("finished_reason", "length"), *labels[1:])
         assert metrics["tramontane:request_success_total", finished] == 3
         assert metrics["tramontane:time_to_first_token_seconds_count", labels] == 3
         assert metrics["tramontane:inter_token_latency_seconds_count", labels] == 7 + 7 + 2
         assert metrics["tramontane:request_generation_tokens_sum", labels] == 8 + 8 + 3
+        passes = {
+            dict(key)["le"]: value
+            for (name, key), value in metrics.items()
+            if name == "tramontane:iteration_tokens_total_bucket"
+        }
+        assert [passes[most] for most in ("1.0", "8.0", "16.0", "16384.0", "+Inf")] == [
+            5, 5, 7, 7, 8,
+        ]  # fmt: skip
+        assert metrics["tramontane:iteration_tokens_total_sum", labels] == 5 + 2 * 9 + 20_000
+        cache = (("block_size", "16"), *labels, ("sliding_window", "None"))
+        assert metrics["tramontane:cache_config_info", cache] == 1
         layer_1 = (("engine", "0"), ("layer", "1"), ("model_name", "fake"))
         assert metrics["tramontane:expert_load_imbalance", layer_1] == 4
 

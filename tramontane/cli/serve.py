@@ -59,6 +59,7 @@ def serve(
     from tramontane.engine.limits import EngineLimits
 
     EngineLimits(**engine.list_limits())
+    engine.build_patience()
     _configure_log(log_requests=service.log_requests)
     name = _name_model(model)
     listening = open_socket(settings)
@@ -87,7 +88,7 @@ def _load_engine(model: str | None, name: str, flags: EngineFlags) -> "AsyncEngi
         max_model_len=flags.max_model_len,
         **flags.list_limits(),
     )
-    return AsyncEngine(llm, name=name)
+    return AsyncEngine(llm, name=name, patience=flags.build_patience())
 
 
 def _name_model(model: str | None) -> str:

@@ -9,10 +9,12 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from tramontane.cli.notices import say
+from tramontane.engine.pulse import Patience
 from tramontane.errors import ConfigError
 from tramontane.server.settings import SafetyPolicy, ServerSettings, parse_keys
 
 _DEFAULTS = ServerSettings()
+_PATIENCE = Patience()
 
 
 def _flag(help: str, **more: Any) -> Parameter:
@@ -94,10 +96,21 @@ class EngineFlags:
         int, _flag("Memory for keys and values at most, in bytes.")
     ] = 4 * 2**30
 
+    hang_seconds: Annotated[
+        float, _flag("Seconds that a pass may stand still before /health says so.")
+    ] = _PATIENCE.hang_seconds
+    max_pass_seconds: Annotated[
+        float, _flag("Seconds that a pass may compute before it counts as endless.")
+    ] = _PATIENCE.max_pass_seconds
+
     def list_limits(self) -> dict[str, Any]:
         """What `EngineLimits` takes."""
         names = ("max_num_seqs", "max_num_batched_tokens", "max_waiting", "kv_cache_memory_bytes")
         return {name: getattr(self, name) for name in names}
+
+    def build_patience(self) -> Patience:
+        """Raises ConfigError, naming the value."""
+        return Patience(hang_seconds=self.hang_seconds, max_pass_seconds=self.max_pass_seconds)
 
 
 def build_settings(access: AccessFlags, service: ServiceFlags) -> ServerSettings:

@@ -1,5 +1,5 @@
 """Generation: requests (`sequence`), the cache, the sampler, and the loop that joins them.
 
-`llm.LLM` is the way in. `sampling_params`, `generation_config`, `text_output`, `sequence` and
-`bundled` need no torch.
+`llm.LLM` is the way in. `sampling_params`, `generation_config`, `text_output`, `sequence`,
+`pulse` and `bundled` need no torch.
 """

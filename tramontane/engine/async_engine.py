@@ -17,6 +17,7 @@ from typing import Any, Self
 from tramontane.engine.completion import ChoiceUpdate
 from tramontane.engine.limits import EngineStats
 from tramontane.engine.llm import LLM
+from tramontane.engine.pulse import Patience, Pulse, build_meter
 from tramontane.engine.request import Request
 from tramontane.engine.sampling_params import SamplingParams
 from tramontane.engine.sequence import Sequence
@@ -24,8 +25,8 @@ from tramontane.engine.served_model import describe_model
 from tramontane.errors import EngineError, OverloadError, TramontaneError, UnavailableError
 from tramontane.tokenizer.chat import ChatFormat
 
-HANG_SECONDS = 60.0  # a pass that takes longer counts as one that never ends
 _IDLE_SECONDS = 1.0
+_PATIENCE = Patience()
 
 _log = logging.getLogger(__name__)
 
@@ -83,12 +84,12 @@ class AnswerStream:
 class AsyncEngine:
     """Answers the requests of event loops with the engine of `llm`, under the name `name`.
 
-    `start` it, then `submit`; from then on `llm` itself must not run anything. `is_healthy` is
-    False once its thread has died, or one pass takes longer than `hang_seconds`.
+    It takes that engine, so `llm` answers nothing itself any more. `start` it, then `submit`.
+    `is_healthy` is False once its thread has died, or hangs in a pass (`engine/pulse.py`).
     """
 
     def __init__(
-        self, llm: LLM, *, name: str | None = None, hang_seconds: float = HANG_SECONDS
+        self, llm: LLM, *, name: str | None = None, patience: Patience = _PATIENCE
     ) -> None:
         self.tokenizer = llm.tokenizer
         self.chat_format: ChatFormat | None = llm.find_chat_format()
@@ -100,8 +101,9 @@ class AsyncEngine:
             vocab_size=llm.tokenizer.vocab_size,
             max_seq_len=llm.sequences.max_seq_len,
         )
-        self._builder, self._engine = llm.sequences, llm.engine
-        self._hang_seconds = hang_seconds
+        self._builder, self._engine = llm.sequences, llm.take_engine()
+        self.cache_config: Mapping[str, Any] = self._engine.describe_cache()
+        self._patience = patience
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._inbound: set[AnswerStream] = set()  # submitted, not yet known to the engine
         self._compilers = ThreadPoolExecutor(1, thread_name_prefix="constraints")
@@ -110,7 +112,7 @@ class AsyncEngine:
         self._thread: threading.Thread | None = None
         self._is_accepting = False
         self._is_stopping = False
-        self._pass_began_at: float | None = None
+        self._pulse: Pulse | None = None
 
     def start(self) -> None:
         """Begin to take requests."""
@@ -121,9 +123,8 @@ class AsyncEngine:
 
     def is_healthy(self) -> bool:
         """Whether a request that is sent now has a chance."""
-        began = self._pass_began_at
-        is_hanging = began is not None and time.monotonic() - began > self._hang_seconds
-        return self._thread is not None and self._thread.is_alive() and not is_hanging
+        is_alive = self._thread is not None and self._thread.is_alive()
+        return is_alive and not (self._pulse is not None and self._pulse.is_hanging())
 
     def get_stats(self) -> EngineStats:
         """What the engine has done so far."""
@@ -207,13 +208,12 @@ class AsyncEngine:
     # All below run in the engine's thread.
 
     def _run(self) -> None:
+        self._pulse = pulse = Pulse(self._patience, build_meter())
         try:
             while not self._is_stopping:
-                self._obey(is_idle=self._engine.num_unfinished == 0)
-                self._pass_began_at = time.monotonic()
-                touched = self._engine.step()
-                self._pass_began_at = None
-                self._deliver(touched)
+                self._obey(pulse, is_idle=self._engine.num_unfinished == 0)
+                pulse.beat()
+                self._deliver(self._engine.step())
             reason = "the engine has stopped"
         except BaseException as error:
             _log.critical("the engine's thread ends", exc_info=error)
@@ -223,14 +223,16 @@ class AsyncEngine:
         for stream in [*self._streams, *self._inbound]:
             self._call(stream, stream.fail, UnavailableError(reason))
 
-    def _obey(self, *, is_idle: bool) -> None:
+    def _obey(self, pulse: Pulse, *, is_idle: bool) -> None:
         """Do what was asked; if there is nothing to run, wait for it."""
         try:
-            command = self._commands.get(timeout=_IDLE_SECONDS) if is_idle else None
+            if is_idle:
+                pulse.rest()
+                command = self._commands.get(timeout=_IDLE_SECONDS)
+                pulse.beat()
+                command()
             while True:
-                if command is not None:
-                    command()
-                command = self._commands.get_nowait()
+                self._commands.get_nowait()()
         except Empty:
             pass
 

@@ -30,6 +30,7 @@ class Engine:
     ) -> None:
         self.limits = limits or EngineLimits()
         config, weight = model.config, model.tok_embeddings.weight
+        self._window = config.sliding_window
         self._blocks = BlockManager(
             _count_blocks(model, self.limits),
             window=config.sliding_window,
@@ -82,8 +83,21 @@ class Engine:
             prefix_cache_queries=self._scheduler.num_prefix_queries,
             prefix_cache_hits=self._scheduler.num_prefix_hits,
             num_preemptions=self._scheduler.num_preemptions,
+            pass_sizes=dict(self._scheduler.pass_sizes),
             **self._outputs.list_counts(),
         )
+
+    def describe_cache(self) -> dict[str, str | int | None]:
+        """The cache of keys and values, in the words of vLLM's `cache_config_info`."""
+        pool = self._pool
+        return {
+            "block_size": pool.block_size,
+            "cache_dtype": str(pool.buffer.dtype).removeprefix("torch."),
+            "enable_prefix_caching": self.limits.use_prefix_cache,
+            "kv_cache_memory_bytes": pool.num_bytes,
+            "num_gpu_blocks": pool.num_blocks,
+            "sliding_window": self._window,
+        }
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a block of the cache is lost or counted wrongly."""

@@ -1,5 +1,6 @@
 """How much an engine runs at once, and what it has done."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tramontane.errors import ConfigError
@@ -48,8 +49,9 @@ class EngineStats:
     """How it stands now, and counts since the start.
 
     `kv_cache_usage` is the held share of all blocks, 0 to 1. `prefix_cache_queries` and
-    `prefix_cache_hits` count tokens of prompts: asked for, and found. `expert_tokens` (L, E) says
-    how often each expert was chosen; empty for a dense model.
+    `prefix_cache_hits` count tokens of prompts: asked for, and found. `pass_sizes` says how many
+    passes had so many tokens. `expert_tokens` (L, E) says how often each expert was chosen; empty
+    for a dense model.
     """
 
     num_running: int
@@ -61,6 +63,7 @@ class EngineStats:
     num_prompt_tokens: int
     num_generation_tokens: int
     num_passes: int
+    pass_sizes: Mapping[int, int]
     num_drafts: int
     num_accepted_drafts: int
     expert_tokens: list[list[int]]

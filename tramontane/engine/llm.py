@@ -39,7 +39,7 @@ from tramontane.engine.vocabulary import (
     require_room,
     require_tokenizer,
 )
-from tramontane.errors import ConfigError, RequestError, TokenizerError
+from tramontane.errors import ConfigError, EngineError, RequestError, TokenizerError
 from tramontane.models.transformer import Transformer
 from tramontane.quant.formats import QuantRecipe
 from tramontane.tokenizer.chat import ChatFormat, Message
@@ -93,6 +93,7 @@ class LLM:
     """
 
     _checkpoint: Checkpoint | None = None  # none of a model in memory
+    _engine: Engine | None = None  # none once it was taken
 
     def __init__(
         self,
@@ -142,6 +143,30 @@ class LLM:
     def list_kernel_seconds(self) -> dict[str, float]:
         """Seconds so far in each part of the model; empty unless it runs as one native call."""
         return self.engine.list_kernel_seconds()
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the model. Raises EngineError once it was taken."""
+        if self._engine is None:
+            raise EngineError(
+                f"the engine of {self.origin} was handed to an AsyncEngine, whose thread alone may "
+                "run it: ask that one, or load the model into another LLM"
+            )
+        return self._engine
+
+    def take_engine(self) -> Engine:
+        """Hand the engine over to another thread; from then on nothing can be asked here.
+
+        Raises EngineError if it was taken before, or answers are unfinished.
+        """
+        engine = self.engine
+        if engine.num_unfinished:
+            raise EngineError(
+                f"{engine.num_unfinished} answers of {self.origin} are unfinished: read their "
+                "streams to the end, or close them, before another takes its engine"
+            )
+        self._engine = None
+        return engine
 
     @property
     def default_params(self) -> SamplingParams:
@@ -316,7 +341,7 @@ class LLM:
             eos_ids=self.generation_config.eos_ids,
             max_seq_len=max_model_len,
         )
-        self.engine = Engine(self.model, vocab_size=self.tokenizer.vocab_size, limits=limits)
+        self._engine = Engine(self.model, vocab_size=self.tokenizer.vocab_size, limits=limits)
 
 
 def _join(answers: list[Completion]) -> Completion:

@@ -1,11 +1,15 @@
 """The body of a request, read whole before anything looks at it: bounded in size and in time."""
 
 import asyncio
+from contextlib import suppress
 
 from starlette.types import Message, Receive
 
 from tramontane.server.access import Headers, get_all
 from tramontane.server.errors import ApiError, describe_status
+
+_MAX_SKIPPED = 64 * 2**20
+_SKIP_SECONDS = 2.0
 
 
 class ClientLeft(Exception):
@@ -16,6 +20,8 @@ async def read_body(receive: Receive, headers: Headers, *, max_bytes: int, secon
     """The whole body. Raises ApiError 400, 408 or 413, and ClientLeft."""
     declared = get_all(headers, b"content-length")
     if declared and declared[0].isdigit() and int(declared[0]) > max_bytes:
+        if not get_all(headers, b"expect"):  # who asks before he sends is told at once
+            await _skip(receive)
         raise _too_large(max_bytes)
     if get_all(headers, b"content-encoding"):
         raise describe_status(415, "send the body as it is, without Content-Encoding")
@@ -39,10 +45,25 @@ async def _read(receive: Receive, max_bytes: int) -> bytes:
         part = message.get("body", b"")
         size += len(part)
         if size > max_bytes:
+            await _skip(receive)
             raise _too_large(max_bytes)
         parts.append(part)
         more = message.get("more_body", False)
     return b"".join(parts)
+
+
+async def _skip(receive: Receive) -> None:
+    """Let the rest of a body pass for a while: most clients send all of it before they read.
+
+    If the connection were closed meanwhile, they would see a broken one and not the answer.
+    """
+    size, more = 0, True
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_SKIP_SECONDS):
+            while more and size < _MAX_SKIPPED:
+                message = await receive()
+                size += len(message.get("body", b""))
+                more = message.get("more_body", False)
 
 
 def replay(body: bytes, receive: Receive) -> Receive:

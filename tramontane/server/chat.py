@@ -8,12 +8,12 @@ from fastapi.responses import Response
 from tramontane.server.chat_writer import ChatChunks, build_chat_answer
 from tramontane.server.errors import blame, invalid, unsupported
 from tramontane.server.exchange import Exchange
-from tramontane.server.json_text import JsonResponse
 from tramontane.server.prompts import write_chat_prompt
 from tramontane.server.protocol.answers import ChatAnswer
 from tramontane.server.protocol.chat import CHAT_UNSUPPORTED, ChatRequest
+from tramontane.server.reply import reply
 from tramontane.server.state import ServerState
-from tramontane.server.streaming import STREAM, open_stream
+from tramontane.server.streaming import STREAM
 from tramontane.server.wiring import get_state
 
 router = APIRouter()
@@ -31,6 +31,7 @@ async def create_chat_completion(
         prompt = await write_chat_prompt(
             body.messages, exchange.engine, is_prefixed=exchange.is_prefixed,
             continue_final=bool(body.continue_final_message),
+            must_fit=body.truncate_prompt_tokens is None,
         )  # fmt: skip
     max_tokens = body.max_tokens if body.max_completion_tokens is None else (
         body.max_completion_tokens
@@ -38,14 +39,7 @@ async def create_chat_completion(
     exchange.add_prompts(
         [prompt], max_tokens=max_tokens, default=None, logprobs=_read_logprobs(body)
     )
-    headers, generation = exchange.build_headers(), exchange.generate()
-    if body.stream:
-        return await open_stream(
-            generation, ChatChunks(exchange), heartbeat=state.settings.heartbeat, headers=headers
-        )
-    async with generation:
-        answers = await generation.collect()
-    return JsonResponse(build_chat_answer(exchange, answers), headers=headers)
+    return await reply(exchange, ChatChunks, build_chat_answer)
 
 
 def require_no_tools(body: ChatRequest) -> None:

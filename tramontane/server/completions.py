@@ -1,5 +1,6 @@
 """`POST /v1/completions`, and what is said of filling in the middle."""
 
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
@@ -8,12 +9,12 @@ from fastapi.responses import Response
 from tramontane.server.completion_writer import CompletionChunks, build_text_answer
 from tramontane.server.errors import invalid, unsupported
 from tramontane.server.exchange import Exchange
-from tramontane.server.json_text import JsonResponse
 from tramontane.server.prompts import write_completion_prompts
 from tramontane.server.protocol.answers import TextAnswer
 from tramontane.server.protocol.completions import COMPLETION_UNSUPPORTED, CompletionRequest
+from tramontane.server.reply import reply
 from tramontane.server.state import ServerState
-from tramontane.server.streaming import STREAM, open_stream
+from tramontane.server.streaming import STREAM
 from tramontane.server.wiring import get_state
 
 router = APIRouter()
@@ -31,21 +32,16 @@ async def create_completion(
     prompts = await write_completion_prompts(
         body.prompt, exchange.engine, param="prompt", is_prefixed=exchange.is_prefixed,
         add_special_tokens=body.add_special_tokens is not False,
+        must_fit=body.truncate_prompt_tokens is None,
     )  # fmt: skip
     exchange.add_prompts(
         prompts, max_tokens=body.max_tokens, default=_DEFAULT_MAX_TOKENS, logprobs=body.logprobs,
         echoes_logprobs=bool(body.echo) and body.logprobs is not None,
     )  # fmt: skip
-    headers, generation = exchange.build_headers(), exchange.generate()
-    if body.stream:
-        writer = CompletionChunks(exchange, echo=bool(body.echo))
-        return await open_stream(
-            generation, writer, heartbeat=state.settings.heartbeat, headers=headers
-        )
-    async with generation:
-        answers = await generation.collect()
-    answer = build_text_answer(exchange, answers, echo=bool(body.echo))
-    return JsonResponse(answer, headers=headers)
+    echo = bool(body.echo)
+    return await reply(
+        exchange, partial(CompletionChunks, echo=echo), partial(build_text_answer, echo=echo)
+    )
 
 
 @router.post("/v1/fim/completions", include_in_schema=False)

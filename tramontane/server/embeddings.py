@@ -33,7 +33,7 @@ async def create_embeddings(
     engine = state.require_engine(body.model)
     dim = _read_dimensions(body, engine.model)
     prompts = await write_completion_prompts(
-        body.input, engine, is_prefixed=False, add_special_tokens=True, param="input"
+        body.input, engine, is_prefixed=False, add_special_tokens=True, must_fit=True, param="input"
     )
     params = replace(engine.default_params, max_tokens=0, min_tokens=0)
     for prompt in prompts:

@@ -27,6 +27,8 @@ from tramontane.server.safety import build_header, describe_safety, needs_prefix
 from tramontane.server.state import ServerState
 
 MAX_ANSWERS = 256  # of one request: prompts times n
+MAX_SCORES = 1_000_000  # likeliest tokens of prompts, each a few hundred bytes of memory
+MAX_ROUTED = 4_000_000  # experts of prompts
 FINGERPRINT = f"tramontane-{__version__}"
 IGNORED_HEADER = "x-tramontane-ignored-fields"
 _MAX_NAMES = 20  # in a header
@@ -74,6 +76,7 @@ class Exchange:
             )  # fmt: skip
             self.prompts.append(fitted)
             self.params.append(params)
+        self._bound_answer("logprobs" if echoes_logprobs else "prompt_logprobs")
 
     def generate(self) -> Generation:
         """Ask the engine; see Generation."""
@@ -148,6 +151,24 @@ class Exchange:
     def _returns_routed_experts(self) -> bool:
         is_moe = self.engine.model.num_experts is not None
         return self.state.settings.enable_return_routed_experts and is_moe
+
+    def _bound_answer(self, param: str) -> None:
+        """Raises ApiError 400 if what is wanted of the prompts' tokens would fill the memory."""
+        num_tokens = sum(len(prompt.ids) for prompt in self.prompts)
+        top, model = self.params[0].prompt_logprobs, self.engine.model
+        if top is not None and num_tokens * (top + 1) > MAX_SCORES:
+            raise invalid(
+                f"{num_tokens} tokens of prompts with {top} others each are more than {MAX_SCORES} "
+                f"scores: lower {param}, or send several requests",
+                param,
+            )
+        num_routed = num_tokens * model.n_layers * (model.num_experts_per_tok or 0)
+        if self.fields.return_routing == "all" and num_routed > MAX_ROUTED:
+            raise invalid(
+                f"return_routing is all, and {num_tokens} tokens of prompts have {num_routed} "
+                f"experts; at most {MAX_ROUTED} are listed: send several requests",
+                "return_routing",
+            )
 
     def _find_routing(self) -> RoutingWanted:
         if self._returns_routed_experts:

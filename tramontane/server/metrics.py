@@ -4,11 +4,18 @@ What the engine counts is read when it is asked for; what requests measure is ke
 application has a registry of its own.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from tramontane.engine.completion import Completion
 from tramontane.engine.sampling_params import SamplingParams
@@ -26,6 +33,7 @@ _REQUEST = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0
             120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0)  # fmt: skip
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
 _CHOICES = (1, 2, 5, 10, 20)
+_PASS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _HISTOGRAMS = {
     "time_to_first_token_seconds": ("From arrival to the first token.", _FIRST_TOKEN),
     "inter_token_latency_seconds": ("Between two tokens of an answer.", _BETWEEN),
@@ -130,7 +138,31 @@ class _EngineCollector(Collector):
             counter = CounterMetricFamily(PREFIX + name, text, labels=_LABELS)
             counter.add_metric(self._labels, value)
             yield counter
+        yield self._describe_passes(stats.pass_sizes)
+        yield self._describe_cache()
         yield from self._collect_experts(stats)
+
+    def _describe_passes(self, sizes: Mapping[int, int]) -> Metric:
+        passes = HistogramMetricFamily(
+            PREFIX + "iteration_tokens_total", "Tokens of a pass.", labels=_LABELS
+        )
+        buckets = [
+            (floatToGoString(most), sum(n for size, n in sizes.items() if size <= most))
+            for most in (*_PASS, math.inf)
+        ]
+        num_tokens = sum(size * n for size, n in sizes.items())
+        passes.add_metric(self._labels, buckets, num_tokens)
+        return passes
+
+    def _describe_cache(self) -> Metric:
+        """What is known of the cache, as labels of the number 1."""
+        config = self._engine.cache_config
+        info = GaugeMetricFamily(
+            PREFIX + "cache_config_info", "The cache of keys and values.",
+            labels=(*_LABELS, *config),
+        )  # fmt: skip
+        info.add_metric((*self._labels, *map(str, config.values())), 1)
+        return info
 
     def _collect_experts(self, stats: EngineStats) -> Iterator[Metric]:
         if not stats.expert_tokens:

@@ -62,6 +62,8 @@ class EngineStats(Protocol):
     @property
     def num_generation_tokens(self) -> int: ...
     @property
+    def pass_sizes(self) -> Mapping[int, int]: ...  # how many passes had so many tokens
+    @property
     def expert_tokens(self) -> Sequence[Sequence[int]]: ...  # (L, E)
 
 
@@ -80,7 +82,8 @@ class ServingEngine(Protocol):
     """Answers requests in a thread of its own.
 
     `generation_overrides` are those of `default_params` that the model's generation_config.json
-    set. `chat_format` is None for a base model.
+    set. `chat_format` is None for a base model. `cache_config` describes the cache of keys and
+    values in vLLM's words.
     """
 
     @property
@@ -93,6 +96,8 @@ class ServingEngine(Protocol):
     def default_params(self) -> SamplingParams: ...
     @property
     def generation_overrides(self) -> Mapping[str, Any]: ...
+    @property
+    def cache_config(self) -> Mapping[str, Any]: ...
 
     def submit(self, request: Request) -> AnswerStream:
         """Queue a request. Raises RequestError, ContextError, OverloadError, CapacityError (it

@@ -2,15 +2,19 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
-from tramontane.server.errors import blame, invalid, unsupported
+from tramontane.server.errors import ApiError, blame, invalid, unsupported
 from tramontane.server.ports import ServedModel, ServingEngine
+from tramontane.server.protocol.base import MAX_ENCODED
 from tramontane.server.protocol.chat import ChatMessage
 from tramontane.server.safety import SAFE_PROMPT, prefix_messages
 from tramontane.tokenizer.chat import PlainFormat
 
 _INLINE_CHARACTERS = 16_384  # a longer text is encoded in a thread, and holds up nobody
+# Encoding takes a hundred bytes of memory for a token: no more than two long texts at a time.
+_ENCODERS = ThreadPoolExecutor(2, thread_name_prefix="encode")
 _Result = TypeVar("_Result")
 
 
@@ -24,16 +28,20 @@ class Prompt(NamedTuple):
 
 async def write_chat_prompt(
     messages: Sequence[ChatMessage], engine: ServingEngine, *,
-    is_prefixed: bool, continue_final: bool,
+    is_prefixed: bool, continue_final: bool, must_fit: bool,
 ) -> Prompt:  # fmt: skip
-    """The conversation in the model's format. Raises ApiError 400, RequestError, TokenizerError."""
+    """The conversation in the model's format. Raises ApiError 400, RequestError, TokenizerError.
+
+    With `must_fit` one that cannot fit the context is refused before it is encoded.
+    """
     plain = read_messages(messages)
     if is_prefixed:
         plain = prefix_messages(plain)
     continue_final = _wants_continuation(messages, continue_final)
     size = sum(len(message["content"]) for message in plain)
+    _require_length(size, engine, "messages", must_fit=must_fit)
     chat_format = engine.chat_format or PlainFormat()
-    ids = await _run_aside(
+    ids = await run_aside(
         size, lambda: chat_format.encode(plain, engine.tokenizer, continue_final=continue_final)
     )
     return Prompt(ids, starts_text=engine.chat_format is not None and not continue_final)
@@ -41,11 +49,12 @@ async def write_chat_prompt(
 
 async def write_completion_prompts(
     prompt: str | list[Any], engine: ServingEngine, *,
-    is_prefixed: bool, add_special_tokens: bool, param: str,
+    is_prefixed: bool, add_special_tokens: bool, must_fit: bool, param: str,
 ) -> list[Prompt]:  # fmt: skip
     """One prompt, or several: texts or ids. Raises ApiError 400 and TokenizerError.
 
-    `param` is where they stand in the request.
+    `param` is where they stand in the request. With `must_fit` what cannot fit the context is
+    refused before it is encoded.
     """
     tokenizer = engine.tokenizer
     has_bos = add_special_tokens and tokenizer.adds_bos
@@ -54,15 +63,22 @@ async def write_completion_prompts(
     size = sum(len(one) for one in several)
     if isinstance(several[0], str):
         texts = [prefix + text for text in several]
+        longest = max(map(len, texts)) if must_fit else size
+        _require_length(longest, engine, param, must_fit=must_fit)
         with blame(param):
-            all_ids = await _run_aside(size, lambda: tokenizer.encode_batch(texts))
+            all_ids = await run_aside(size, lambda: tokenizer.encode_batch(texts))
         start = [tokenizer.bos_id] if has_bos else []
         return [Prompt(start + ids, text) for ids, text in zip(all_ids, texts, strict=True)]
     require_ids(several, engine.model.vocab_size, param)
+    if must_fit and (count := max(map(len, several))) > engine.model.max_seq_len:
+        raise _too_long(f"{count} tokens", engine.model, param)
     if prefix:
         prefix_ids = tokenizer.encode(prefix)
         several = [_insert_prefix(prefix_ids, ids, tokenizer.bos_id) for ids in several]
-    return [Prompt(list(ids), tokenizer.decode(_only_known(ids, engine))) for ids in several]
+    texts = await run_aside(
+        size, lambda: [tokenizer.decode(_only_known(ids, engine)) for ids in several]
+    )
+    return [Prompt(list(ids), text) for ids, text in zip(several, texts, strict=True)]
 
 
 def read_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
@@ -93,12 +109,7 @@ def fit(
     room = size - len(prompt.ids)
     if room < (1 if max_tokens is None else max_tokens):
         wanted = "" if max_tokens is None else f" and max_tokens is {max_tokens}"
-        raise invalid(
-            f"the prompt has {len(prompt.ids)} tokens{wanted}; this model's context holds {size}, "
-            f"answer included: shorten the prompt or the answer",
-            param,
-            code="context_length_exceeded",
-        )
+        raise _too_long(f"{len(prompt.ids)} tokens{wanted}", model, param)
     if max_tokens is None:
         max_tokens = room if default is None else min(default, room)
     return prompt, max_tokens
@@ -113,6 +124,30 @@ def require_ids(prompts: Sequence[Sequence[int]], vocab_size: int, param: str) -
                 f"{vocab_size - 1}",
                 param,
             )
+
+
+def _too_long(found: str, model: ServedModel, param: str) -> ApiError:
+    return invalid(
+        f"the prompt has {found}; this model's context holds {model.max_seq_len}, answer included: "
+        f"shorten the prompt or the answer",
+        param,
+        code="context_length_exceeded",
+    )
+
+
+def _require_length(size: int, engine: ServingEngine, param: str, *, must_fit: bool) -> None:
+    """Raises ApiError 400 for a text of `size` characters that is too long to be encoded."""
+    least = -(-size // engine.tokenizer.max_token_bytes)
+    if must_fit and size > _INLINE_CHARACTERS and least > engine.model.max_seq_len:
+        raise _too_long(
+            f"{size} characters, which are at least {least} tokens", engine.model, param
+        )
+    if not must_fit and size > MAX_ENCODED:
+        raise invalid(
+            f"{param} has {size} characters; at most {MAX_ENCODED} are encoded at a time",
+            param,
+            code="request_too_large",
+        )
 
 
 def _read_content(message: ChatMessage, where: str) -> str:
@@ -166,5 +201,8 @@ def _only_known(ids: Sequence[int], engine: ServingEngine) -> list[int]:
     return [i for i in ids if i < engine.tokenizer.vocab_size]
 
 
-async def _run_aside(size: int, work: Callable[[], _Result]) -> _Result:
-    return work() if size <= _INLINE_CHARACTERS else await asyncio.to_thread(work)
+async def run_aside(size: int, work: Callable[[], _Result]) -> _Result:
+    """Do work on so many characters or ids, in a thread if they are many."""
+    if size <= _INLINE_CHARACTERS:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(_ENCODERS, work)

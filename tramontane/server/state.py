@@ -15,7 +15,7 @@ from tramontane.server.settings import ServerSettings
 from tramontane.server.usage import CostMeter
 
 _log = logging.getLogger("tramontane.server")
-_CHECK_SECONDS = 0.5  # between two looks at the engine's health
+CHECK_SECONDS = 0.5  # between two looks at the engine's health
 _MAX_NAMES_LOGGED = 1000
 
 Phase = Literal["loading", "ready", "draining"]
@@ -91,7 +91,9 @@ class ServerState:
         if self.phase == "draining":
             raise UnavailableError("the server is stopping, and takes no more requests")
         if not self.engine.is_healthy():
-            raise UnavailableError("the engine has stopped answering; the server must be restarted")
+            raise UnavailableError(
+                "the engine has died or hangs; if this lasts, the server must be restarted"
+            )
 
     def add_waiting(self, waiting: Waiting) -> None:
         """Have it told if the engine is lost."""
@@ -112,14 +114,17 @@ class ServerState:
             waiting.fail(UnavailableError(reason))
 
     async def watch_engine(self) -> None:
-        """Forever: whoever waits for an engine that died is told so, and waits no longer."""
+        """Forever: whoever waits for an engine that died or hangs is told, and waits no longer."""
+        was_healthy = True
         while True:
-            await asyncio.sleep(_CHECK_SECONDS)
-            if self._engine is None or self._engine.is_healthy():
-                continue
-            if self._waiting:
-                _log.error("the engine is lost; %d requests end", len(self._waiting))
-            self.fail_waiting("the engine has stopped answering")
+            await asyncio.sleep(CHECK_SECONDS)
+            is_healthy = self._engine is None or self._engine.is_healthy()
+            if is_healthy != was_healthy and self.phase == "ready":
+                news = "goes on" if is_healthy else "has died or hangs"
+                _log.error("the engine %s; %d requests wait", news, len(self._waiting))
+            was_healthy = is_healthy
+            if not is_healthy:
+                self.fail_waiting("the engine has stopped answering")
 
     def log_unknown(self, names: Iterable[str]) -> None:
         """Say once of each field that it has no effect."""

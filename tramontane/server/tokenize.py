@@ -3,12 +3,15 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Depends
+from fastapi.responses import Response
 
 from tramontane.server.errors import blame, invalid
+from tramontane.server.json_text import JsonResponse
 from tramontane.server.logprobs import TokenNames
 from tramontane.server.prompts import (
     Prompt,
     require_ids,
+    run_aside,
     write_chat_prompt,
     write_completion_prompts,
 )
@@ -26,8 +29,8 @@ router = APIRouter()
 State = Annotated[ServerState, Depends(get_state)]
 
 
-@router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, state: State) -> TokenizeAnswer:
+@router.post("/tokenize", responses={200: {"model": TokenizeAnswer}})
+async def tokenize(body: TokenizeRequest, state: State) -> Response:
     """The ids of a text, or of a conversation as the model reads it."""
     engine = state.require_engine(body.model)
     if (body.prompt is None) == (body.messages is None):
@@ -39,20 +42,25 @@ async def tokenize(body: TokenizeRequest, state: State) -> TokenizeAnswer:
         with blame("messages"):
             prompt = await write_chat_prompt(
                 body.messages, engine, is_prefixed=state.settings.safe_prompt == "always",
-                continue_final=bool(body.continue_final_message),
+                continue_final=bool(body.continue_final_message), must_fit=False,
             )  # fmt: skip
     else:
         (prompt,) = await write_completion_prompts(
             body.prompt or "", engine, param="prompt", is_prefixed=False,
-            add_special_tokens=body.add_special_tokens is not False,
+            add_special_tokens=body.add_special_tokens is not False, must_fit=False,
         )  # fmt: skip
     names = TokenNames(engine.tokenizer)
-    return {
-        "count": len(prompt.ids),
-        "max_model_len": engine.model.max_seq_len,
-        "tokens": prompt.ids,
-        "token_strs": names.name_all(prompt.ids) if body.return_token_strs else None,
-    }
+
+    def write() -> Response:
+        answer: TokenizeAnswer = {
+            "count": len(prompt.ids),
+            "max_model_len": engine.model.max_seq_len,
+            "tokens": prompt.ids,
+            "token_strs": names.name_all(prompt.ids) if body.return_token_strs else None,
+        }
+        return JsonResponse(answer)
+
+    return await run_aside(len(prompt.ids), write)
 
 
 @router.post("/detokenize")
@@ -61,7 +69,8 @@ async def detokenize(body: DetokenizeRequest, state: State) -> DetokenizeAnswer:
     engine = state.require_engine(body.model)
     if body.tokens:
         require_ids([body.tokens], engine.tokenizer.vocab_size, "tokens")
-    return {"prompt": engine.tokenizer.decode(body.tokens)}
+    text = await run_aside(len(body.tokens), lambda: engine.tokenizer.decode(body.tokens))
+    return {"prompt": text}
 
 
 @router.get("/tokenizer_info")

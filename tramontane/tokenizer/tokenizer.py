@@ -20,7 +20,8 @@ SPACE_MARK = "\u2581"  # how SentencePiece writes a space within a piece
 class Tokenizer(ABC):
     """A vocabulary. `bos_id` starts a text, `eos_id` ends it; `unk_id` is None where there is none.
 
-    `control_ids` are the tokens no text spells, by name. `adds_bos` is False where a model was
+    `control_ids` are the tokens no text spells, by name. No token has more than `max_token_bytes`.
+    `adds_bos` is False where a model was
     trained on texts without `bos_id` (GGUF says so). SentencePiece puts a space before each text,
     so that a word is the same token wherever it stands: then `adds_prefix_space` is True, and
     `decode` takes that space away again.
@@ -37,6 +38,7 @@ class Tokenizer(ABC):
         self.vocab_size = len(token_bytes)
         self.control_ids = dict(control_ids)
         self.unk_id, self.bos_id, self.eos_id = unk_id, bos_id, eos_id
+        self.max_token_bytes = max([1, *map(len, token_bytes)])
         self._bytes_of_token = token_bytes
         self._never_text = frozenset(control_ids.values())
 

@@ -110,65 +110,60 @@ class AnswerMessage(TypedDict):
 FinishReason = Literal["stop", "length"]
 
 
-class ChatChoice(TypedDict):
+class Choice(TypedDict):
+    """One answer, of whichever interface."""
+
+    index: int
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    token_ids: NotRequired[list[int]]
+    routing: NotRequired[list[RoutedPiece]]
+    prompt_routing: NotRequired[list[RoutedPiece]]
+    routed_experts: NotRequired[str]
+
+
+class ChatChoice(Choice):
     """One answer of a conversation."""
 
-    index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
-    stop_reason: str | int | None
-    token_ids: NotRequired[list[int]]
-    routing: NotRequired[list[RoutedPiece]]
-    prompt_routing: NotRequired[list[RoutedPiece]]
-    routed_experts: NotRequired[str]
 
 
-class TextChoice(TypedDict):
+class TextChoice(Choice):
     """One answer to a prompt."""
 
-    index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: FinishReason
-    stop_reason: str | int | None
     prompt_logprobs: NotRequired[list[dict[str, Any] | None]]
     prompt_token_ids: NotRequired[list[int]]
-    token_ids: NotRequired[list[int]]
-    routing: NotRequired[list[RoutedPiece]]
-    prompt_routing: NotRequired[list[RoutedPiece]]
-    routed_experts: NotRequired[str]
 
 
-class Head(TypedDict):
-    """What all answers and all chunks of a stream begin with."""
+class WholeAnswer(TypedDict):
+    """An answer that is no stream, of whichever interface."""
 
     id: str
     created: int
     model: str
     system_fingerprint: str
+    usage: Usage
+    safety: Safety
+    timings: dict[str, float]
 
 
-class ChatAnswer(Head):
+class ChatAnswer(WholeAnswer):
     """The answer to a conversation."""
 
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
-    usage: Usage
-    safety: Safety
-    timings: dict[str, float]
     prompt_logprobs: NotRequired[list[dict[str, Any] | None]]
     prompt_token_ids: NotRequired[list[int]]
 
 
-class TextAnswer(Head):
+class TextAnswer(WholeAnswer):
     """The answers to prompts."""
 
     object: Literal["text_completion"]
     choices: list[TextChoice]
-    usage: Usage
-    safety: Safety
-    timings: dict[str, float]
 
 
 class EmbeddingItem(TypedDict):

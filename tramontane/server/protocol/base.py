@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tramontane.server.errors import unsupported
 
+MAX_ENCODED = 1_048_576  # characters, or ids, of what need not fit the context
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 CacheSalt = Annotated[str, Field(min_length=1, max_length=256)]
 Choices = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=1024)]

@@ -5,7 +5,7 @@ from typing import Annotated, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from tramontane.server.protocol.base import ApiRequest, TokenId
+from tramontane.server.protocol.base import MAX_ENCODED, ApiRequest, TokenId
 from tramontane.server.protocol.chat import Messages
 
 
@@ -22,7 +22,7 @@ class TokenizeRequest(ApiRequest):
 class DetokenizeRequest(ApiRequest):
     """Token ids of a text."""
 
-    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_ENCODED)]
 
 
 class TokenizeAnswer(TypedDict):
