@@ -147,10 +147,10 @@ def assert_same_routing(
     for layer, routing in enumerate(expected.routing):
         num_slots = routing.experts.shape[1]
         assert torch.equal(results.weights[layer, rows, :num_slots], routing.weights[span])
-        assert torch.equal(results.experts[layer, rows, :num_slots], routing.experts[span])
+        assert torch.equal(results.experts[0, layer, rows, :num_slots], routing.experts[span])
         assert torch.equal(results.router_logits[layer, rows], routing.logits[span])
         assert not results.weights[layer, rows, num_slots:].any()
-        assert (results.experts[layer, rows, num_slots:] == -1).all()
+        assert (results.experts[0, layer, rows, num_slots:] == -1).all()
 
 
 CONFIGS = [{}, {"sliding_window": 20}, {"sliding_window": 1}, {"n_kv_heads": 1},
@@ -202,9 +202,9 @@ def test_head_of_the_rows_that_are_wanted(
     chosen = results.hidden if wanted is None else results.hidden[wanted]
     expected = model.compute_logits(chosen)
     assert torch.equal(results.logits, expected)
-    assert torch.equal(results.best, expected[:, :NUM_CHOICES].argmax(-1))
+    assert torch.equal(results.best[0], expected[:, :NUM_CHOICES].argmax(-1))
     assert results.is_finite.all()
-    assert (results.is_finite.dtype, len(results.is_finite)) == (torch.bool, len(chosen))
+    assert (results.is_finite.dtype, results.is_finite.shape) == (torch.bool, (1, len(chosen)))
 
 
 def test_of_equal_scores_the_lowest_id_is_best() -> None:
@@ -212,7 +212,7 @@ def test_of_equal_scores_the_lowest_id_is_best() -> None:
     order = torch.randperm(NUM_CHOICES, generator=torch.Generator().manual_seed(0))
     model.output.weight.copy_(model.output.weight[order[:10]].repeat(70, 1))
     results = Paged(model, 1).run([make_tokens(30)])
-    assert torch.equal(results.best, results.logits[:, :10].argmax(-1))
+    assert torch.equal(results.best[0], results.logits[:, :10].argmax(-1))
     assert len(results.best.unique()) > 1
 
 
@@ -227,10 +227,10 @@ def test_scores_that_are_not_finite(column: int, value: float) -> None:
     expected = model.compute_logits(results.hidden)
     assert torch.equal(results.logits.nan_to_num(), expected.nan_to_num())
     choices = expected[:, :NUM_CHOICES]
-    assert torch.equal(results.is_finite, choices.isfinite().all(-1))
+    assert torch.equal(results.is_finite[0], choices.isfinite().all(-1))
     assert results.is_finite.all() == (column == NUM_CHOICES)
     best = choices.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
-    assert torch.equal(results.best, best.argmax(-1))
+    assert torch.equal(results.best[0], best.argmax(-1))
 
 
 def test_a_row_of_nan_has_some_best_and_disturbs_no_other() -> None:
@@ -240,9 +240,9 @@ def test_a_row_of_nan_has_some_best_and_disturbs_no_other() -> None:
     bad = make_tokens(4, seed=1)
     assert not torch.isin(bad[0], make_tokens(5))
     results = Paged(model, 2).run([make_tokens(5), bad])
-    assert results.is_finite.tolist() == [True] * 5 + [False] * 4
+    assert results.is_finite[0].tolist() == [True] * 5 + [False] * 4
     assert torch.equal(results.logits[:5], expected.logits[:5])
-    assert torch.equal(results.best[:5], expected.best[:5])
+    assert torch.equal(results.best[:, :5], expected.best[:, :5])
     assert ((results.best >= 0) & (results.best < NUM_CHOICES)).all()
 
 

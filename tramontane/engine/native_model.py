@@ -16,10 +16,12 @@ from tramontane.errors import CapacityError
 from tramontane.kernels import native
 from tramontane.kernels.dispatch import get_kernels
 from tramontane.kernels.native_decoder import (
+    ONE_STEP,
     DecoderResults,
     DecoderSizes,
     LayerWeights,
     NativeDecoder,
+    Steps,
     Weight,
 )
 from tramontane.models.transformer import DecoderLayer, Transformer
@@ -74,6 +76,7 @@ class NativeModel:
         *,
         rows: Tensor | None = None,
         counts: Tensor | None = None,
+        steps: Steps = ONE_STEP,
     ) -> DecoderResults | None:
         """See `NativeDecoder.run`. None: the model has moved since, and this is not for it.
 
@@ -92,6 +95,7 @@ class NativeModel:
                 *rope,
                 rows=rows,
                 counts=counts,
+                steps=steps,
             )
         except MemoryError as error:
             raise CapacityError(
