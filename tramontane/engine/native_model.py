@@ -112,7 +112,7 @@ class NativeModel:
 
     def _find_rope(self, num_positions: int) -> RopeAngles:
         """The angles of at least so many positions, doubled when they do not suffice."""
-        if len(self._rope.cos) < num_positions:
+        if self._rope.cos.shape[0] < num_positions:
             positions = torch.arange(max(num_positions, 2 * len(self._rope.cos), 1024))
             self._rope = compute_rope(
                 positions, head_dim=self._config.head_dim, theta=self._config.rope_theta

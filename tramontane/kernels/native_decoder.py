@@ -156,12 +156,13 @@ class NativeDecoder:
         All integers int64. Raises IndexError on a token that there is not, ValueError on numbers
         that do not fit together, MemoryError.
         """
-        num_tokens, num_sequences = len(tokens), len(num_queries)
-        num_rows = num_tokens if rows is None else len(rows)
+        # Python's len() of a tensor takes several times as long as its shape.
+        num_tokens, num_sequences = tokens.shape[0], num_queries.shape[0]
+        num_rows = num_tokens if rows is None else rows.shape[0]
         for given in (tokens, num_queries, num_keys, block_tables, rows, counts, steps.ends):
             if given is not None:
                 assert (given.dtype, given.is_contiguous()) == (torch.int64, True), given
-        assert len(num_keys) == len(block_tables) == num_sequences, (num_keys, block_tables)
+        assert num_keys.shape[0] == block_tables.shape[0] == num_sequences, (num_keys, block_tables)
         assert counts is None or len(counts) == num_tokens, (counts, num_tokens)
         assert cos.shape == sin.shape, (cos.shape, sin.shape)
         num_slots = self._num_slots if counts is None else int(counts.max())
@@ -181,10 +182,11 @@ class NativeDecoder:
         num_steps = self._decoder.run(
             tokens.data_ptr(), num_tokens, *pool, num_sequences, num_queries.data_ptr(),
             num_keys.data_ptr(), block_tables.data_ptr(), block_tables.shape[1], cos.data_ptr(),
-            sin.data_ptr(), len(cos), 0 if rows is None else rows.data_ptr(), num_rows,
+            sin.data_ptr(), cos.shape[0], 0 if rows is None else rows.data_ptr(), num_rows,
             0 if counts is None else counts.data_ptr(), num_slots,
             hidden, weights, experts, router_logits, logits, best, is_finite,
-            most, steps.seconds, steps.ends.data_ptr(), len(steps.ends), torch.get_num_threads(),
+            most, steps.seconds, steps.ends.data_ptr(), steps.ends.shape[0],
+            torch.get_num_threads(),
         )  # fmt: skip
         return results if num_steps == most else _cut(results, num_steps)
 
