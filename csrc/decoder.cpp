@@ -1,5 +1,6 @@
 #include "decoder.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <new>
@@ -51,6 +52,23 @@ class Stopwatch {
 
 void expect(bool is_so, const char* message) {
   if (!is_so) throw std::invalid_argument(message);
+}
+
+// Whether row b is that of the only token of sequence b.
+bool has_one_row_each(const Batch& batch) {
+  const SequenceTable& table = batch.sequences;
+  bool is_so = batch.num_tokens == table.num_sequences && batch.num_rows == batch.num_tokens;
+  for (int64_t b = 0; is_so && b < batch.num_tokens; ++b)
+    is_so = table.num_queries[b] == 1 && (batch.rows == nullptr || batch.rows[b] == b);
+  return is_so;
+}
+
+// Whether after this step some sequence has no next one, for all that is known here.
+bool may_end(const Batch& batch, const DecoderResults& results, const Steps& steps) {
+  const int64_t* const last = steps.ends + steps.num_ends;
+  for (int64_t r = 0; r < batch.num_rows; ++r)
+    if (!results.is_finite[r] || std::find(steps.ends, last, results.best[r]) != last) return true;
+  return false;
 }
 
 }  // namespace
@@ -124,8 +142,29 @@ class Decoder::Pass final : public Task {
   Shared shared_;
 };
 
-void Decoder::run(const KernelTable& kernels, const Batch& batch, const DecoderResults& results,
-                  int num_threads) {
+int64_t Decoder::run(const KernelTable& kernels, Batch batch, DecoderResults results,
+                     const Steps& steps, int num_threads) {
+  expect(steps.most <= 1 || has_one_row_each(batch),
+         "for several steps each sequence brings one token, whose scores are wanted");
+  const double deadline = read_clock() + steps.seconds;
+  thread_local std::vector<int64_t> num_keys;
+  SequenceTable& table = batch.sequences;
+  num_keys.assign(table.num_keys, table.num_keys + table.num_sequences);
+  table.num_keys = num_keys.data();
+  for (int64_t done = 1;; ++done) {
+    run_step(kernels, batch, results, num_threads);
+    if (done >= steps.most || read_clock() > deadline || may_end(batch, results, steps))
+      return done;
+    batch.tokens = results.best;
+    for (int64_t& keys : num_keys) ++keys;
+    results.experts += static_cast<int64_t>(layers_.size()) * batch.num_tokens * batch.num_slots;
+    results.best += batch.num_rows;
+    results.is_finite += batch.num_rows;
+  }
+}
+
+void Decoder::run_step(const KernelTable& kernels, const Batch& batch,
+                       const DecoderResults& results, int num_threads) {
   Stopwatch watch(seconds_);
   thread_local Scratch activations, scratch;
   thread_local std::vector<Sequence> sequences;

@@ -71,6 +71,16 @@ struct DecoderResults {
   uint8_t* is_finite;
 };
 
+// How far one call may go: `most` steps, none of which begins after so many seconds, nor after one
+// whose best token is among `ends` (num_ends,). For more than one step each sequence has to bring
+// one token, whose scores are wanted.
+struct Steps {
+  int64_t most;
+  double seconds;
+  const int64_t* ends;
+  int64_t num_ends;
+};
+
 // Parts of a step whose time is counted.
 enum Part {
   kEmbeddings,
@@ -90,10 +100,12 @@ class Decoder {
 
   void add_layer(const DecoderLayer& layer) { layers_.push_back(layer); }
 
-  // One call at a time. Throws std::bad_alloc, std::out_of_range on an id that is none, and
+  // One call at a time. Runs the batch, and then the best token of each sequence, again and again
+  // until `steps` or scores that are not finite end it; returns the number of steps. Experts,
+  // `best` and `is_finite` are (S, ...) of S steps, of all else the last step's remain. Throws std::bad_alloc, std::out_of_range on an id that is none, and
   // std::invalid_argument on numbers that do not fit together.
-  void run(const KernelTable& kernels, const Batch& batch, const DecoderResults& results,
-           int num_threads);
+  int64_t run(const KernelTable& kernels, Batch batch, DecoderResults results, const Steps& steps,
+              int num_threads);
 
   // Seconds that all calls of `run` have spent in each part.
   const double* seconds() const { return seconds_; }
@@ -102,6 +114,8 @@ class Decoder {
   struct Buffers;
   class Pass;
 
+  void run_step(const KernelTable& kernels, const Batch& batch, const DecoderResults& results,
+                int num_threads);
   void check(const Batch& batch) const;
   Buffers reserve_buffers(const Batch& batch, Scratch& memory) const;
   void embed(const Batch& batch, const Buffers& buffers) const;

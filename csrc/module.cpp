@@ -201,14 +201,15 @@ void add_layer(Decoder& decoder, int type, uintptr_t attention_norm, uintptr_t f
                      weight(experts, 0), weight(experts, 1), weight(experts, 2)});
 }
 
-void run_decoder(Decoder& decoder, uintptr_t tokens, int64_t num_tokens, uintptr_t keys,
-                 int64_t values_offset, int64_t layer_offset, int cache_type, int64_t block_size,
-                 int64_t num_sequences, uintptr_t num_queries, uintptr_t num_keys,
-                 uintptr_t block_tables, int64_t max_blocks, uintptr_t cos, uintptr_t sin,
-                 int64_t num_positions, uintptr_t rows, int64_t num_rows, uintptr_t counts,
-                 int64_t num_slots, uintptr_t hidden, uintptr_t slot_weights, uintptr_t experts,
-                 uintptr_t router_logits, uintptr_t logits, uintptr_t best, uintptr_t is_finite,
-                 int num_threads) {
+int64_t run_decoder(Decoder& decoder, uintptr_t tokens, int64_t num_tokens, uintptr_t keys,
+                    int64_t values_offset, int64_t layer_offset, int cache_type, int64_t block_size,
+                    int64_t num_sequences, uintptr_t num_queries, uintptr_t num_keys,
+                    uintptr_t block_tables, int64_t max_blocks, uintptr_t cos, uintptr_t sin,
+                    int64_t num_positions, uintptr_t rows, int64_t num_rows, uintptr_t counts,
+                    int64_t num_slots, uintptr_t hidden, uintptr_t slot_weights, uintptr_t experts,
+                    uintptr_t router_logits, uintptr_t logits, uintptr_t best, uintptr_t is_finite,
+                    int64_t num_steps, double seconds, uintptr_t ends, int64_t num_ends,
+                    int num_threads) {
   const Batch batch{at<const int64_t>(tokens),
                     num_tokens,
                     {at<char>(keys), values_offset, layer_offset, to_type(cache_type), block_size},
@@ -221,11 +222,11 @@ void run_decoder(Decoder& decoder, uintptr_t tokens, int64_t num_tokens, uintptr
                     num_rows,
                     at<const int64_t>(counts),
                     num_slots};
-  decoder.run(
+  return decoder.run(
       *kernels, batch,
       {at<void>(hidden), at<float>(slot_weights), at<int64_t>(experts), at<float>(router_logits),
        at<float>(logits), at<int64_t>(best), at<uint8_t>(is_finite)},
-      num_threads);
+      {num_steps, seconds, at<const int64_t>(ends), num_ends}, num_threads);
 }
 
 nb::dict list_seconds(const Decoder& decoder) {

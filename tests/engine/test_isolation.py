@@ -32,7 +32,7 @@ def alone(model):
 
 
 def break_at(monkeypatch, owner, name, call, error):
-    """The call number `call` of a method raises `error`."""
+    """The call number `call` of a method raises `error`; returns whether it has."""
     original, num_calls = getattr(owner, name), 0
 
     def maybe(*arguments, **options):
@@ -43,16 +43,18 @@ def break_at(monkeypatch, owner, name, call, error):
         return original(*arguments, **options)
 
     monkeypatch.setattr(owner, name, maybe)
+    return lambda: num_calls >= call
 
 
 @pytest.mark.parametrize("error", [RuntimeError("odd"), MemoryError("odd"), CapacityError("odd")])
 @pytest.mark.parametrize("call", [*range(1, 15), 20, 30, 50])
-def test_a_pass_that_fails_ends_the_requests_in_it(model, alone, monkeypatch, call, error):
+@pytest.mark.parametrize("most", [1, 8])
+def test_a_pass_that_fails_ends_the_requests_in_it(model, alone, monkeypatch, call, error, most):
     """E13: the next request works."""
-    engine = make_engine(model)
+    engine = make_engine(model, max_num_steps=most)
     sequences = [make_sequence(prompt) for prompt in PROMPTS]
     late = make_sequence(PROMPTS[1])
-    break_at(monkeypatch, ModelRunner, "run", call, error)
+    has_failed = break_at(monkeypatch, ModelRunner, "run", call, error)
     run_to_end(engine, *sequences)
     run_to_end(engine, late)
     for sequence in sequences:
@@ -65,7 +67,8 @@ def test_a_pass_that_fails_ends_the_requests_in_it(model, alone, monkeypatch, ca
     if late.error is None:
         assert late.build_completion().token_ids == tuple(alone[1])
     num_failed = sum(s.error is not None for s in [*sequences, late])
-    assert (num_failed > 0) == (call <= 24)
+    assert (num_failed > 0) == has_failed()
+    assert most > 1 or has_failed() == (call <= 24)
 
 
 @pytest.mark.parametrize("method", ["edit", "accept"])

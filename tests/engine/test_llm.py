@@ -89,9 +89,12 @@ def test_streams_may_be_read_in_turn(llm):
     assert texts == [llm.generate("Hi", p).text for p in params]
 
 
-def test_a_closed_stream_frees_its_cache(llm):
-    stream = llm.stream("Hello", SamplingParams(seed=0, max_tokens=100))
-    next(iter(stream))
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_closed_stream_frees_its_cache(llm, temperature):
+    params = SamplingParams(temperature=temperature, seed=0, max_tokens=100, ignore_eos=True)
+    stream = llm.stream("Hello", params)
+    pieces = iter(stream)
+    assert [next(pieces).token_id for _ in range(5)] == list(stream.completion.token_ids[:5])
     stream.close()
     assert llm.engine.num_unfinished == 0
     assert stream.completion.finish_reason == "abort"

@@ -10,11 +10,13 @@ from tests.kernels.test_native import BEST, INSTRUCTION_SETS
 from tests.tiny import make_config, make_model, make_tokens
 from tramontane.kernels import native
 from tramontane.kernels.native_decoder import (
+    ONE_STEP,
     CachePool,
     DecoderResults,
     DecoderSizes,
     LayerWeights,
     NativeDecoder,
+    Steps,
     Weight,
 )
 from tramontane.models.transformer import ForwardOutput, Transformer
@@ -86,7 +88,12 @@ class Paged:
         )
 
     def run(
-        self, tokens: Sequence[Tensor], *, rows: Tensor | None = None, counts: Tensor | None = None
+        self,
+        tokens: Sequence[Tensor],
+        *,
+        rows: Tensor | None = None,
+        counts: Tensor | None = None,
+        steps: Steps = ONE_STEP,
     ) -> DecoderResults:
         """The next tokens of each sequence; those that have none are not in the batch."""
         active = [i for i, new in enumerate(tokens) if len(new)]
@@ -98,7 +105,7 @@ class Paged:
             torch.cat(list(tokens)), CachePool.locate(self.pool),
             torch.tensor([len(tokens[i]) for i in active]),
             torch.tensor([self.lengths[i] for i in active]),
-            tables[active], *self.rope, rows=rows, counts=counts,
+            tables[active], *self.rope, rows=rows, counts=counts, steps=steps,
         )  # fmt: skip
 
     def forget(self, table: Tensor, num_tokens: int) -> None:
@@ -147,10 +154,10 @@ def assert_same_routing(
     for layer, routing in enumerate(expected.routing):
         num_slots = routing.experts.shape[1]
         assert torch.equal(results.weights[layer, rows, :num_slots], routing.weights[span])
-        assert torch.equal(results.experts[layer, rows, :num_slots], routing.experts[span])
+        assert torch.equal(results.experts[0, layer, rows, :num_slots], routing.experts[span])
         assert torch.equal(results.router_logits[layer, rows], routing.logits[span])
         assert not results.weights[layer, rows, num_slots:].any()
-        assert (results.experts[layer, rows, num_slots:] == -1).all()
+        assert (results.experts[0, layer, rows, num_slots:] == -1).all()
 
 
 CONFIGS = [{}, {"sliding_window": 20}, {"sliding_window": 1}, {"n_kv_heads": 1},
@@ -202,9 +209,9 @@ def test_head_of_the_rows_that_are_wanted(
     chosen = results.hidden if wanted is None else results.hidden[wanted]
     expected = model.compute_logits(chosen)
     assert torch.equal(results.logits, expected)
-    assert torch.equal(results.best, expected[:, :NUM_CHOICES].argmax(-1))
+    assert torch.equal(results.best[0], expected[:, :NUM_CHOICES].argmax(-1))
     assert results.is_finite.all()
-    assert (results.is_finite.dtype, len(results.is_finite)) == (torch.bool, len(chosen))
+    assert (results.is_finite.dtype, results.is_finite.shape) == (torch.bool, (1, len(chosen)))
 
 
 def test_of_equal_scores_the_lowest_id_is_best() -> None:
@@ -212,7 +219,7 @@ def test_of_equal_scores_the_lowest_id_is_best() -> None:
     order = torch.randperm(NUM_CHOICES, generator=torch.Generator().manual_seed(0))
     model.output.weight.copy_(model.output.weight[order[:10]].repeat(70, 1))
     results = Paged(model, 1).run([make_tokens(30)])
-    assert torch.equal(results.best, results.logits[:, :10].argmax(-1))
+    assert torch.equal(results.best[0], results.logits[:, :10].argmax(-1))
     assert len(results.best.unique()) > 1
 
 
@@ -227,10 +234,10 @@ def test_scores_that_are_not_finite(column: int, value: float) -> None:
     expected = model.compute_logits(results.hidden)
     assert torch.equal(results.logits.nan_to_num(), expected.nan_to_num())
     choices = expected[:, :NUM_CHOICES]
-    assert torch.equal(results.is_finite, choices.isfinite().all(-1))
+    assert torch.equal(results.is_finite[0], choices.isfinite().all(-1))
     assert results.is_finite.all() == (column == NUM_CHOICES)
     best = choices.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
-    assert torch.equal(results.best, best.argmax(-1))
+    assert torch.equal(results.best[0], best.argmax(-1))
 
 
 def test_a_row_of_nan_has_some_best_and_disturbs_no_other() -> None:
@@ -240,10 +247,101 @@ def test_a_row_of_nan_has_some_best_and_disturbs_no_other() -> None:
     bad = make_tokens(4, seed=1)
     assert not torch.isin(bad[0], make_tokens(5))
     results = Paged(model, 2).run([make_tokens(5), bad])
-    assert results.is_finite.tolist() == [True] * 5 + [False] * 4
+    assert results.is_finite[0].tolist() == [True] * 5 + [False] * 4
     assert torch.equal(results.logits[:5], expected.logits[:5])
-    assert torch.equal(results.best[:5], expected.best[:5])
+    assert torch.equal(results.best[:, :5], expected.best[:, :5])
     assert ((results.best >= 0) & (results.best < NUM_CHOICES)).all()
+
+
+def make_steps(most: int, *, ends: Sequence[int] = (), seconds: float = 1e9) -> Steps:
+    return Steps(most, seconds, torch.tensor(list(ends), dtype=torch.int64))
+
+
+def begin(model: Transformer) -> tuple[Paged, list[Tensor]]:
+    """Three sequences that have run their prompts, and the best token of each."""
+    paged = Paged(model, 3)
+    prompts = [make_tokens(length, seed=length) for length in (9, 30, 16)]
+    rows = torch.tensor([8, 38, 54])
+    return paged, list(paged.run(prompts, rows=rows).best[0].split(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("counts", [None, torch.tensor(EXPERTS)], ids=str)
+def test_several_steps_are_as_many_calls(
+    window: int | None, dtype: torch.dtype, counts: Tensor | None
+) -> None:
+    model = make_model(make_config(sliding_window=window)).to(dtype)
+    (one, tokens), (all_at_once, _) = begin(model), begin(model)
+    found = all_at_once.run(tokens, counts=counts, steps=make_steps(7))
+    assert len(found.best) == len(found.is_finite) == len(found.experts) == 7
+    assert found.is_finite.all()
+    for step in range(7):
+        expected = one.run(tokens, counts=counts)
+        tokens = list(expected.best[0].split(1))
+        assert torch.equal(found.best[step], expected.best[0])
+        assert torch.equal(found.experts[step], expected.experts[0])
+    for name in ("hidden", "weights", "router_logits", "logits"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    for table, length in zip(one.tables, one.lengths, strict=True):  # what is in the cache
+        last = range(length - 7, length)
+        blocks, slots = table[[p // BLOCK_SIZE for p in last]], [p % BLOCK_SIZE for p in last]
+        ours, theirs = (paged.pool[:, :, blocks, :, slots] for paged in (all_at_once, one))
+        assert torch.equal(ours, theirs)
+
+
+def test_steps_end_after_a_token_that_ends_a_sequence() -> None:
+    model = make_model()
+    paged, tokens = begin(model)
+    best = paged.run(tokens, steps=make_steps(7)).best.tolist()
+    for sequence in range(3):
+        for step in range(7):
+            end = best[step][sequence]
+            first = next(i for i, row in enumerate(best) if end in row)
+            paged, tokens = begin(model)
+            found = paged.run(tokens, steps=make_steps(7, ends=[999, end]))
+            assert found.best.tolist() == best[: first + 1]
+            assert len(found.experts) == len(found.is_finite) == first + 1
+
+
+def test_steps_end_when_their_time_is_over() -> None:
+    paged, tokens = begin(make_model())
+    assert len(paged.run(tokens, steps=make_steps(7, seconds=0.0)).best) == 1
+
+
+def test_steps_end_with_scores_that_are_not_finite() -> None:
+    """A token that is chosen for the first time after a few steps has a broken embedding."""
+    model = make_model()
+    paged, tokens = begin(model)
+    best = paged.run(tokens, steps=make_steps(7)).best.tolist()
+    seen = {int(token) for token in tokens}.union(*best[:2])
+    step, token = next((s, t) for s, row in enumerate(best) for t in row if t not in seen)
+    assert 2 <= step < 6
+    paged, tokens = begin(model)
+    model.tok_embeddings.weight[token] = float("nan")
+    found = paged.run(tokens, steps=make_steps(7))
+    assert found.best[: step + 1].tolist() == best[: step + 1]
+    assert found.is_finite.all(-1).tolist() == [True] * (step + 1) + [False]
+
+
+@pytest.mark.parametrize("rows", [[0, 1], [1, 0, 2], []], ids=str)
+def test_several_steps_need_the_scores_of_each_sequence(rows: list[int]) -> None:
+    paged, tokens = begin(make_model())
+    with pytest.raises(ValueError, match="each sequence brings one token"):
+        paged.run(tokens, rows=torch.tensor(rows, dtype=torch.int64), steps=make_steps(2))
+
+
+def test_several_steps_need_one_token_of_each_sequence() -> None:
+    paged = Paged(make_model(), 2)
+    with pytest.raises(ValueError, match="each sequence brings one token"):
+        paged.run([make_tokens(2), make_tokens(1)], steps=make_steps(2))
+
+
+def test_steps_beyond_the_blocks_are_refused() -> None:
+    paged = Paged(make_model(), 1)
+    paged.run([make_tokens(94)])
+    with pytest.raises(ValueError, match="too few blocks"):
+        paged.run([make_tokens(1)], steps=make_steps(3))
 
 
 def test_there_is_no_such_token() -> None:

@@ -41,8 +41,8 @@ class Answer:
         self._num_summed = 0
         self._request, self._choice = request, choice
         self._num_prompt_tokens = len(request.prompt_ids)
-        self._eos_ids = frozenset() if params.ignore_eos else eos_ids
         self._stop_ids = frozenset(params.stop_token_ids)
+        self.end_ids = self._stop_ids if params.ignore_eos else self._stop_ids | eos_ids
         self._text_output = text_output
         self._stop_reason: str | int | None = None
         self._token_ids: list[int] = []
@@ -79,7 +79,7 @@ class Answer:
         self._last_token_at = time.perf_counter()
         if self._first_token_at is None:
             self._first_token_at = self._last_token_at
-        if token_id in self._eos_ids or token_id in self._stop_ids:
+        if token_id in self.end_ids:
             if token_id in self._stop_ids:
                 self._stop_reason = token_id
             return True

@@ -28,15 +28,16 @@ class Choice(NamedTuple):
     error: Exception | None = None
 
 
-def choose_tokens(turns: Items[Turn], output: PassOutput) -> list[Choice]:
+def choose_tokens(turns: Items[Turn], output: PassOutput, *, step: int = 0) -> list[Choice]:
     """A choice for each turn, in any order; no turn depends on another."""
+    best, is_finite = output.best[step], output.is_finite[step]
     choices, others = [], []
     for turn in turns:
         sequence, row = turn
-        if not output.is_finite[row]:
+        if not is_finite[row]:
             choices.append(Choice(sequence, error=_describe_damage()))
         elif sequence.params.is_greedy and sequence.sampler.is_plain:
-            choices.append(_conclude(turn, output.best[row], output))
+            choices.append(_conclude(turn, best[row], output))
         else:
             others.append(turn)
     if others:

@@ -9,8 +9,10 @@ from tramontane.engine.kv_cache import KVPool, count_block_bytes
 from tramontane.engine.limits import EngineLimits, EngineStats
 from tramontane.engine.model_runner import ModelRunner
 from tramontane.engine.output_processor import OutputProcessor
-from tramontane.engine.scheduler import RefusedError, Scheduler
+from tramontane.engine.scheduler import RefusedError, Scheduler, Share
 from tramontane.engine.sequence import Sequence
+from tramontane.engine.steps import plan_steps
+from tramontane.kernels.native_decoder import ONE_STEP, Steps
 from tramontane.models.transformer import Transformer
 
 
@@ -132,6 +134,7 @@ class Engine:
     def step(self) -> list[Sequence]:
         """One forward pass; each sequence whose tokens have all run gets a new one.
 
+        Where nothing else is wanted of a batch for a while, a few passes follow one another.
         Returns the sequences that something has happened to.
         """
         try:
@@ -144,12 +147,19 @@ class Engine:
             if copies := self._blocks.take_copies():
                 self._pool.copy_blocks(copies)
             given = self._runner.prepare(shares)
-            output = self._runner.run(given)
+            output = self._runner.run(given, self._plan_steps(shares))
             return self._outputs.process(shares, given, output)
         except Exception as error:  # whatever it is, those that were not in this pass go on
             return [
                 failed for sequence, _ in shares for failed in self._scheduler.fail(sequence, error)
             ]
+
+    def _plan_steps(self, shares: list[Share]) -> Steps:
+        """One if somebody waits, or drafts are to be proposed after each."""
+        if self._scheduler.num_waiting or self.limits.max_num_drafts:
+            return ONE_STEP
+        most, block_size = self.limits.max_num_steps, self._blocks.block_size
+        return plan_steps(shares, most=most, block_size=block_size)
 
 
 def _count_blocks(model: Transformer, limits: EngineLimits) -> int:

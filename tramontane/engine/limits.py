@@ -16,7 +16,9 @@ class EngineLimits:
     `max_waiting` more may wait (None: any number). The cache has room for all sequences at full
     length, or as many tokens as `kv_cache_memory_bytes` hold; memory is occupied as it is used.
     `use_prefix_cache` keeps the blocks of prompts for others that begin alike. Where a text repeats
-    itself, up to `max_num_drafts` tokens are guessed and run along (0: never).
+    itself, up to `max_num_drafts` tokens are guessed and run along (0: never). Up to
+    `max_num_steps` passes that need nothing but each sequence's likeliest token follow one another
+    in one call (`engine/steps.py`); 1: never more than one.
     """
 
     max_num_seqs: int = 128
@@ -25,6 +27,7 @@ class EngineLimits:
     kv_cache_memory_bytes: int = 4 * 2**30
     use_prefix_cache: bool = True
     max_num_drafts: int = 0
+    max_num_steps: int = 8
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_num_seqs <= self.max_num_batched_tokens:
@@ -42,6 +45,8 @@ class EngineLimits:
             raise ConfigError(
                 f"max_num_drafts is {self.max_num_drafts}; it must be from 0 to {MAX_DRAFTS}"
             )
+        if self.max_num_steps < 1:
+            raise ConfigError(f"max_num_steps is {self.max_num_steps}; it must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from tramontane.engine.kv_cache import KVPool, PagedBatch, build_layer_states
 from tramontane.engine.native_model import build_native_model
 from tramontane.engine.scheduler import Share
+from tramontane.kernels.native_decoder import ONE_STEP, Steps
 from tramontane.models.transformer import Transformer
 
 _POSITIONS = 256  # the longest of a batch is rounded up to, so that it rarely changes
@@ -34,15 +35,16 @@ class PassInput(NamedTuple):
 
 
 class PassOutput(NamedTuple):
-    """Of each row: logits (R, V) fp32, the id of the best score, and whether all are finite.
+    """What one call gives of its S steps; logits, hidden states and weights are of the last one.
 
-    Of each token: the final hidden state (T, D), and experts and weights (L, T, K) of a sparse
-    model.
+    Of each row: logits (R, V) fp32, and of each step the id of the best score, and whether all are
+    finite. Of each token: the final hidden state (T, D), and of a sparse model experts
+    (S, L, T, K) and weights (L, T, K).
     """
 
     logits: Tensor
-    best: list[int]
-    is_finite: list[bool]
+    best: list[list[int]]
+    is_finite: list[list[bool]]
     hidden: Tensor
     experts: Tensor | None
     weights: Tensor | None
@@ -97,10 +99,13 @@ class ModelRunner:
         batch = PagedBatch(blocks.view(len(tables), -1), queries, keys, longest)
         return PassInput(ids, batch, scored, self._count_experts(shares), first_rows, num_rows)
 
-    def run(self, given: PassInput) -> PassOutput:
-        """One pass. Raises CapacityError if there is no memory for it."""
+    def run(self, given: PassInput, steps: Steps = ONE_STEP) -> PassOutput:
+        """One pass, and where the model is one native call those that `steps` lets follow it.
+
+        Raises CapacityError if there is no memory for it.
+        """
         if self._native is not None:
-            output = self._run_natively(given)
+            output = self._run_natively(given, steps)
             if output is not None:
                 return output
         return self._run_torch(given)
@@ -117,21 +122,21 @@ class ModelRunner:
         low, high = logits.aminmax(dim=1)  # NaN wins over every number
         experts = weights = None
         if output.routing:
-            experts = torch.stack([routing.experts for routing in output.routing])
+            experts = torch.stack([routing.experts for routing in output.routing])[None]
             weights = torch.stack([routing.weights for routing in output.routing])
         return PassOutput(
             logits,
-            logits.argmax(dim=1).tolist(),
-            torch.isfinite(high - low).tolist(),
+            [logits.argmax(dim=1).tolist()],
+            [torch.isfinite(high - low).tolist()],
             output.hidden,
             experts,
             weights,
         )
 
-    def _run_natively(self, given: PassInput) -> PassOutput | None:
+    def _run_natively(self, given: PassInput, steps: Steps) -> PassOutput | None:
         assert self._native is not None
         found = self._native.run(
-            given.tokens, self._pool, given.batch, rows=given.rows, counts=given.counts
+            given.tokens, self._pool, given.batch, rows=given.rows, counts=given.counts, steps=steps
         )
         if found is None:
             return None
@@ -175,7 +180,6 @@ class _SteadyBatch:
     def __init__(self, shares: list[Share], given: PassInput) -> None:
         self._given, self._sequences = given, [sequence for sequence, _ in shares]
         self._tables = [list(sequence.block_table) for sequence in self._sequences]
-        self._longest = max([sequence.num_computed_tokens + 1 for sequence in self._sequences])
         self._tokens, self._keys = given.tokens.numpy(), given.batch.num_keys.numpy()
 
     @classmethod
@@ -193,12 +197,11 @@ class _SteadyBatch:
             return None
         if [sequence.block_table for sequence in sequences] != self._tables:
             return None
-        self._longest += 1
-        if self._longest > self._given.batch.longest:
+        num_keys = [sequence.num_computed_tokens + 1 for sequence in sequences]
+        if max(num_keys) > self._given.batch.longest:
             return None
         self._tokens[:] = [sequence.token_ids[-1] for sequence in sequences]
-        self._keys += 1
-        assert self._keys[0] == sequences[0].num_computed_tokens + 1, (self._keys, sequences)
+        self._keys[:] = num_keys
         return self._given
 
 

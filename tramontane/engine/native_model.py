@@ -16,10 +16,12 @@ from tramontane.errors import CapacityError
 from tramontane.kernels import native
 from tramontane.kernels.dispatch import get_kernels
 from tramontane.kernels.native_decoder import (
+    ONE_STEP,
     DecoderResults,
     DecoderSizes,
     LayerWeights,
     NativeDecoder,
+    Steps,
     Weight,
 )
 from tramontane.models.transformer import DecoderLayer, Transformer
@@ -74,6 +76,7 @@ class NativeModel:
         *,
         rows: Tensor | None = None,
         counts: Tensor | None = None,
+        steps: Steps = ONE_STEP,
     ) -> DecoderResults | None:
         """See `NativeDecoder.run`. None: the model has moved since, and this is not for it.
 
@@ -92,6 +95,7 @@ class NativeModel:
                 *rope,
                 rows=rows,
                 counts=counts,
+                steps=steps,
             )
         except MemoryError as error:
             raise CapacityError(
@@ -108,7 +112,7 @@ class NativeModel:
 
     def _find_rope(self, num_positions: int) -> RopeAngles:
         """The angles of at least so many positions, doubled when they do not suffice."""
-        if len(self._rope.cos) < num_positions:
+        if self._rope.cos.shape[0] < num_positions:
             positions = torch.arange(max(num_positions, 2 * len(self._rope.cos), 1024))
             self._rope = compute_rope(
                 positions, head_dim=self._config.head_dim, theta=self._config.rope_theta

@@ -1,6 +1,5 @@
 """After a pass: note what has run, choose the next tokens, append them, let go who has ended."""
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,7 +47,7 @@ class OutputProcessor:
         self._num_passes = self._num_prompt_tokens = self._num_generated = 0
         self._num_drafts = self._num_accepted_drafts = 0
         self._expert_tokens: Tensor | None = None  # (L, E) int64
-        self._uncounted: list[Tensor] = []  # experts of passes, (L, T, K)
+        self._uncounted: list[Tensor] = []  # experts of passes, (S, L, T, K)
         self._num_uncounted = 0  # tokens of them
 
     def list_counts(self) -> dict[str, Any]:
@@ -64,15 +63,28 @@ class OutputProcessor:
         }
 
     def process(self, shares: list[Share], given: PassInput, output: PassOutput) -> list[Sequence]:
-        """All of it; returns the sequences that something has happened to."""
-        self._count(output)
-        touched = [sequence for sequence, _ in shares]
+        """All of it, step after step; returns the sequences that something has happened to."""
+        self._keep_experts(output)
+        touched: list[Sequence] = []
+        for step in range(len(output.best)):
+            parts = _list_parts(shares, given)
+            if not parts:
+                break
+            new = self._process_step(parts, output, step)
+            touched = touched or new  # no later step has others
+        if self._num_uncounted >= _MAX_UNCOUNTED or not self._scheduler.num_unfinished:
+            self._count_experts()
+        return touched
+
+    def _process_step(self, parts: list[_Part], output: PassOutput, step: int) -> list[Sequence]:
+        self._num_passes += 1
+        touched = [part.sequence for part in parts]
         routing = None
         if any(sequence.request.routing != "none" for sequence in touched):
             routing = _list_routing(output)
         turns: list[Turn] = []
         guesses: list[_Part] = []
-        for part in _list_parts(shares, given):
+        for part in parts:
             try:
                 self._note(part, output, routing)
             except Exception as error:  # of this request alone, whatever it is
@@ -95,14 +107,16 @@ class OutputProcessor:
                 running = [s for s in siblings if self._scheduler.fork(part.sequence, s)]
                 turns += [Turn(sequence, row) for sequence in running]
                 touched += running
-        for choice in choose_tokens(turns, output):
+        for choice in choose_tokens(turns, output, step=step):
             self._append(choice)
         for part in guesses:
             self._try_drafts(part, output, routing)
         for sequence in touched:
             self._settle(sequence)
-        if not self._scheduler.num_unfinished:
-            self._count_experts()
+        if output.experts is not None and step + 1 < len(output.best):
+            for part in parts:
+                if part.sequence.is_finished:  # what ran after its end counts as never chosen
+                    output.experts[step + 1 :, :, part.start] = -1
         return touched
 
     def _note(self, part: _Part, output: PassOutput, routing: "_Routing | None") -> None:
@@ -187,21 +201,18 @@ class OutputProcessor:
             limit = min(room, sequence.max_len - len(sequence.token_ids) - 1)
             sequence.draft_ids = sequence.draft_source.propose(sequence.token_ids, limit)
 
-    def _count(self, output: PassOutput) -> None:
-        """Keep the experts of a pass to be counted later: for a few tokens it takes too long."""
-        self._num_passes += 1
+    def _keep_experts(self, output: PassOutput) -> None:
+        """To be counted later: for a few tokens it takes too long."""
         if output.experts is not None:
             self._uncounted.append(output.experts)
-            self._num_uncounted += output.experts.shape[1]
-            if self._num_uncounted >= _MAX_UNCOUNTED:
-                self._count_experts()
+            self._num_uncounted += output.experts.shape[0] * output.experts.shape[2]
 
     def _count_experts(self) -> None:
         if not self._uncounted:
             return
         columns = self._num_experts + 1  # the first is for -1, where a token has fewer experts
-        found = [experts.flatten(1) + 1 for experts in self._uncounted]  # (L, T * K)
-        shifted = torch.cat(found, dim=1).cpu()
+        found = [experts.transpose(0, 1).flatten(1) + 1 for experts in self._uncounted]
+        shifted = torch.cat(found, dim=1).cpu()  # (L, all S * T * K)
         num_layers = len(shifted)
         shifted += torch.arange(num_layers)[:, None] * columns
         counts = torch.bincount(shifted.flatten(), minlength=num_layers * columns)
@@ -221,15 +232,18 @@ class _Routing(NamedTuple):
 def _list_routing(output: PassOutput) -> _Routing | None:
     if output.experts is None or output.weights is None:
         return None
-    experts = output.experts.transpose(0, 1).to(torch.int16)
+    experts = output.experts[-1].transpose(0, 1).to(torch.int16)
     return _Routing(experts.cpu().numpy(), output.weights.transpose(0, 1).cpu().numpy())
 
 
-def _list_parts(shares: list[Share], given: PassInput) -> Iterator[_Part]:
-    start = 0
+def _list_parts(shares: list[Share], given: PassInput) -> list[_Part]:
+    """Those of sequences that have not ended in an earlier step of the same call."""
+    parts, start = [], 0
     for (sequence, num_tokens), first_row, num_rows in zip(
         shares, given.first_rows, given.num_rows, strict=True
     ):
         num_drafts = max(0, num_tokens - sequence.num_pending_tokens)
-        yield _Part(sequence, start, num_tokens, num_drafts, first_row, num_rows)
+        if not sequence.is_finished:
+            parts.append(_Part(sequence, start, num_tokens, num_drafts, first_row, num_rows))
         start += num_tokens
+    return parts

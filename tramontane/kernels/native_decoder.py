@@ -61,16 +61,34 @@ class CachePool(NamedTuple):
         return CachePool(pool.data_ptr(), kind, layer, TYPES[pool.dtype], pool.shape[4])
 
 
+class Steps(NamedTuple):
+    """How far one run may go on by itself, each sequence with the best token of the step before.
+
+    At most `most` steps; none begins after so many `seconds`, nor after one in which a best token
+    is among `ends` int64 (N,), or scores are not finite.
+    """
+
+    most: int
+    seconds: float
+    ends: Tensor
+
+
+ONE_STEP = Steps(1, 0.0, torch.empty(0, dtype=torch.int64))
+
+
 class DecoderResults(NamedTuple):
-    """What one run gives; R tokens are those whose next token's scores were wanted."""
+    """What one run gives; R tokens are those whose next token's scores were wanted.
+
+    What has no dimension for its S steps is of the last one.
+    """
 
     hidden: Tensor  # (T, D), after the last norm
     weights: Tensor  # (L, T, K) fp32, of the routers
-    experts: Tensor  # (L, T, K) int64
+    experts: Tensor  # (S, L, T, K) int64
     router_logits: Tensor  # (L, T, E) fp32
     logits: Tensor  # (R, V) fp32
-    best: Tensor  # (R,) int64, the largest of the first `num_choices`: the lowest id of equals
-    is_finite: Tensor  # (R,) bool, whether the first `num_choices` are
+    best: Tensor  # (S, R) int64, the largest of the first `num_choices`: the lowest id of equals
+    is_finite: Tensor  # (S, R) bool, whether the first `num_choices` are
 
 
 class NativeDecoder:
@@ -126,6 +144,7 @@ class NativeDecoder:
         *,
         rows: Tensor | None = None,
         counts: Tensor | None = None,
+        steps: Steps = ONE_STEP,
     ) -> DecoderResults:
         """Run tokens (T,) of B sequences, one after another, into and over the blocks of `pool`.
 
@@ -133,44 +152,56 @@ class NativeDecoder:
         (B, N) nothing is read before the window of a sequence's first new token; the others are
         believed. cos and sin (positions, S/2). `rows` (R,) are the tokens whose next token's scores
         are wanted, None: all. `counts` (T,) are experts of each token, 1 .. E; K is their maximum.
+        For more than one of `steps` each sequence has to bring one token, whose scores are wanted.
         All integers int64. Raises IndexError on a token that there is not, ValueError on numbers
         that do not fit together, MemoryError.
         """
-        num_tokens, num_sequences = len(tokens), len(num_queries)
-        num_rows = num_tokens if rows is None else len(rows)
-        for given in (tokens, num_queries, num_keys, block_tables, rows, counts):
+        # Python's len() of a tensor takes several times as long as its shape.
+        num_tokens, num_sequences = tokens.shape[0], num_queries.shape[0]
+        num_rows = num_tokens if rows is None else rows.shape[0]
+        for given in (tokens, num_queries, num_keys, block_tables, rows, counts, steps.ends):
             if given is not None:
                 assert (given.dtype, given.is_contiguous()) == (torch.int64, True), given
-        assert len(num_keys) == len(block_tables) == num_sequences, (num_keys, block_tables)
+        assert num_keys.shape[0] == block_tables.shape[0] == num_sequences, (num_keys, block_tables)
         assert counts is None or len(counts) == num_tokens, (counts, num_tokens)
         assert cos.shape == sin.shape, (cos.shape, sin.shape)
         num_slots = self._num_slots if counts is None else int(counts.max())
-        slots = (self._num_layers, num_tokens, num_slots)
+        num_layers, most = self._num_layers, steps.most
         results = DecoderResults(
             torch.empty((num_tokens, self._dim), dtype=self._dtype),
-            torch.empty(slots),
-            torch.empty(slots, dtype=torch.int64),
-            torch.empty((self._num_layers, num_tokens, self._num_experts)),
+            torch.empty((num_layers, num_tokens, num_slots)),
+            torch.empty((most, num_layers, num_tokens, num_slots), dtype=torch.int64),
+            torch.empty((num_layers, num_tokens, self._num_experts)),
             torch.empty((num_rows, self._vocab_size)),
-            torch.empty(num_rows, dtype=torch.int64),
-            torch.empty(num_rows, dtype=torch.bool),
+            torch.empty((most, num_rows), dtype=torch.int64),
+            torch.empty((most, num_rows), dtype=torch.bool),
         )
         hidden, weights, experts, router_logits, logits, best, is_finite = (
             result.data_ptr() for result in results
         )
-        self._decoder.run(
+        num_steps = self._decoder.run(
             tokens.data_ptr(), num_tokens, *pool, num_sequences, num_queries.data_ptr(),
             num_keys.data_ptr(), block_tables.data_ptr(), block_tables.shape[1], cos.data_ptr(),
-            sin.data_ptr(), len(cos), 0 if rows is None else rows.data_ptr(), num_rows,
+            sin.data_ptr(), cos.shape[0], 0 if rows is None else rows.data_ptr(), num_rows,
             0 if counts is None else counts.data_ptr(), num_slots,
             hidden, weights, experts, router_logits, logits, best, is_finite,
+            most, steps.seconds, steps.ends.data_ptr(), steps.ends.shape[0],
             torch.get_num_threads(),
         )  # fmt: skip
-        return results
+        return results if num_steps == most else _cut(results, num_steps)
 
     def list_seconds(self) -> dict[str, float]:
         """Seconds that all runs have spent in each part of the model."""
         return self._decoder.list_seconds()
+
+
+def _cut(results: DecoderResults, num_steps: int) -> DecoderResults:
+    """The results of the steps that have run, where more had their place."""
+    return results._replace(
+        experts=results.experts[:num_steps],
+        best=results.best[:num_steps],
+        is_finite=results.is_finite[:num_steps],
+    )
 
 
 def _count_rows(weight: Weight) -> int:
