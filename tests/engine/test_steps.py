@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.engine.sequences import EOS, count_pool_bytes, make_engine, make_sequence
-from tests.engine.test_async_engine import read, serve, settle
+from tests.engine.serving import read, serve, settle
 from tests.model_folder import save_tiny_model
 from tests.tiny import make_config, make_model, make_tokens
 from tramontane import LLM
@@ -356,6 +356,6 @@ def test_streams_beside_each_other(tmp_path):
             [text], [completion] = await late
             assert completion.token_ids == alone[2].token_ids
             assert text == alone[2].text
-            await settle(llm)
+            await settle(engine)
 
     asyncio.run(run())

@@ -85,7 +85,6 @@ class Engine:
             prefix_cache_queries=self._scheduler.num_prefix_queries,
             prefix_cache_hits=self._scheduler.num_prefix_hits,
             num_preemptions=self._scheduler.num_preemptions,
-            pass_sizes=dict(self._scheduler.pass_sizes),
             **self._outputs.list_counts(),
         )
 

@@ -1,5 +1,6 @@
 """After a pass: note what has run, choose the next tokens, append them, let go who has ended."""
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +45,8 @@ class OutputProcessor:
     ) -> None:
         self._scheduler, self._blocks = scheduler, blocks
         self._num_experts, self._max_num_drafts = num_experts, max_num_drafts
-        self._num_passes = self._num_prompt_tokens = self._num_generated = 0
+        self._pass_sizes: Counter[int] = Counter()  # passes by their number of tokens
+        self._num_prompt_tokens = self._num_generated = 0
         self._num_drafts = self._num_accepted_drafts = 0
         self._expert_tokens: Tensor | None = None  # (L, E) int64
         self._uncounted: list[Tensor] = []  # experts of passes, (S, L, T, K)
@@ -54,7 +56,8 @@ class OutputProcessor:
         """What `EngineStats` says of the passes so far; of experts, a little less while it runs."""
         counts = self._expert_tokens
         return {
-            "num_passes": self._num_passes,
+            "num_passes": self._pass_sizes.total(),
+            "pass_sizes": dict(self._pass_sizes),
             "num_prompt_tokens": self._num_prompt_tokens,
             "num_generation_tokens": self._num_generated,
             "num_drafts": self._num_drafts,
@@ -77,7 +80,7 @@ class OutputProcessor:
         return touched
 
     def _process_step(self, parts: list[_Part], output: PassOutput, step: int) -> list[Sequence]:
-        self._num_passes += 1
+        self._pass_sizes[sum([part.num_tokens for part in parts])] += 1
         touched = [part.sequence for part in parts]
         routing = None
         if any(sequence.request.routing != "none" for sequence in touched):

@@ -6,7 +6,7 @@ preempted: its blocks are taken, and it runs again from the start when there is 
 
 import logging
 from bisect import insort
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from typing import NamedTuple
 
 from tramontane.engine.block_manager import BlockManager
@@ -46,7 +46,6 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.num_prefix_queries = self.num_prefix_hits = 0  # tokens of prompts
-        self.pass_sizes: Counter[int] = Counter()  # passes by their number of tokens
         self._blocks = blocks
         self._max_num_seqs, self._max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self._max_waiting = max_waiting
@@ -179,8 +178,6 @@ class Scheduler:
         if not is_starved and num_preemptions == self.num_preemptions:
             self._admit(shares, room)
         assert shares or not self.num_unfinished, (self.running, self.num_waiting)
-        if shares:
-            self.pass_sizes[sum([num_tokens for _, num_tokens in shares])] += 1
         return shares
 
     def _admit(self, shares: list[Share], room: int) -> None:
