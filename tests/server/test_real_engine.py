@@ -40,7 +40,7 @@ def test_e17_a_pass_that_hangs_is_known_and_those_who_wait_are_told(folder, monk
     step, num_passes = Engine.step, itertools.count()
 
     def hang(self):
-        if self.num_unfinished and next(num_passes) == 4:
+        if self.num_unfinished and next(num_passes) == 1:
             hangs.set()
             goes_on.wait(60)
         return step(self)
