@@ -1,9 +1,10 @@
 """The other side of `serve.py`: so many streams at a time, in a process of its own.
 
-    python benchmarks/load_client.py PORT MODEL STREAMS REQUESTS MAX_TOKENS
+    python benchmarks/load_client.py PORT MODEL STREAMS REQUESTS MAX_TOKENS ROUND
 
-Prints one JSON object: tokens, wall seconds, and the seconds of each first token and each gap. It
-speaks HTTP itself: a client library would take a share of the machine that is measured.
+Prints one JSON object: tokens, wall seconds, and the seconds of each first text and each gap
+between two texts. It speaks HTTP itself: a client library would take a share of the machine that is
+measured.
 """
 
 import asyncio
@@ -28,15 +29,18 @@ class Result:
     gaps: list[float] = field(default_factory=list)
 
 
-async def run_load(port: int, model: str, streams: int, requests: int, max_tokens: int) -> Result:
+async def run_load(
+    port: int, model: str, streams: int, requests: int, max_tokens: int, round_number: int
+) -> Result:
     """`requests` in all, from `streams` clients that each send the next when one has ended."""
-    result, waiting = Result(), list_prompts(requests)
+    result, waiting = Result(), list_prompts(requests, round_number)
     started = time.perf_counter()
 
     async def work() -> None:
         while waiting:
             body = {"model": model, "prompt": waiting.pop(), "max_tokens": max_tokens,
-                    "temperature": 0, "stream": True}  # fmt: skip
+                    "temperature": 0, "stream": True,
+                    "stream_options": {"include_usage": True}}  # fmt: skip
             await ask(port, body, result)
 
     await asyncio.gather(*(work() for _ in range(streams)))
@@ -44,17 +48,21 @@ async def run_load(port: int, model: str, streams: int, requests: int, max_token
     return result
 
 
-def list_prompts(number: int) -> list[str]:
-    """Texts of mixed lengths, none the beginning of another; the same for each server."""
+def list_prompts(count: int, round_number: int) -> list[str]:
+    """Texts of mixed lengths, none the beginning of another; the same for each server.
+
+    Those of another round begin otherwise: what a server keeps of a prompt is of no use then.
+    """
     generator = random.Random(0)
     words = (OPENING * 10).split()
     return [
-        f"Story {number}: " + " ".join(words[: generator.choice(WORDS)]) for number in range(number)
+        f"Story {round_number}.{number}: " + " ".join(words[: generator.choice(WORDS)])
+        for number in range(count)
     ]
 
 
 async def ask(port: int, body: dict[str, object], result: Result) -> None:
-    """One stream: a token is an event with text."""
+    """One stream. Its tokens are those of `usage`, or without one its events with text."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     data = json.dumps(body).encode()
     started = time.perf_counter()
@@ -62,19 +70,23 @@ async def ask(port: int, body: dict[str, object], result: Result) -> None:
         b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
         b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(data) + data
     )
-    last, is_whole = None, False
+    last, is_whole, num_tokens, num_events = None, False, 0, 0
     while line := await reader.readline():
         if line.startswith(b"data: [DONE]"):
             is_whole = True
             break
-        if line.startswith(b"data: ") and json.loads(line[6:])["choices"][0]["text"]:
+        event = json.loads(line[6:]) if line.startswith(b"data: ") else {}
+        if usage := event.get("usage"):
+            num_tokens = usage["completion_tokens"]
+        if any(choice["text"] for choice in event.get("choices", ())):
             now = time.perf_counter()
             if last is None:
                 result.first.append(now - started)
             else:
                 result.gaps.append(now - last)
             last = now
-            result.num_tokens += 1
+            num_events += 1
+    result.num_tokens += num_tokens or num_events
     result.num_failed += not is_whole
     writer.close()
 

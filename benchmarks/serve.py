@@ -6,7 +6,8 @@ Each server is a process, the clients are another; the servers are asked in turn
 medians over the rounds. A request is a prompt of 10 to 170 tokens and a greedy answer of up to 64.
 llama-cpp-python's server answers one request at a time (llama.cpp's own `llama-server`, which can
 batch, does not come with it); it takes part if `llama_cpp.server` can be imported. Tokens are
-events with text, for all alike.
+those of `usage`; a server that sends none has a token in each event. "offline" are the same
+requests through the Python interface, so many under way: what is between the two is the server.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from workers import find_folder
 
 BUNDLED = Path(__file__).parents[1] / "tramontane" / "assets"
 CLIENT = Path(__file__).parent / "load_client.py"
+OFFLINE = Path(__file__).parent / "offline_client.py"
 MAX_TOKENS = 64
 REQUESTS_PER_STREAM = 3
 START_SECONDS = 300
@@ -46,6 +48,8 @@ class ServerKind(NamedTuple):
 SERVERS = {
     "tramontane bf16": ServerKind("tramontane", ""),
     "tramontane int4": ServerKind("tramontane", "int4"),
+    "tramontane bf16, offline": ServerKind("offline", ""),
+    "tramontane int4, offline": ServerKind("offline", "int4"),
     "llama.cpp BF16": ServerKind("llama.cpp", "BF16"),
     "llama.cpp Q4_0": ServerKind("llama.cpp", "Q4_0"),
 }
@@ -70,14 +74,9 @@ class Server:
         )
         self._wait()
 
-    def measure(self, streams: int) -> Result:
+    def measure(self, streams: int, round_number: int) -> Result:
         """One round of so many streams."""
-        numbers = (streams, streams * REQUESTS_PER_STREAM, MAX_TOKENS)
-        done = subprocess.run(
-            [sys.executable, str(CLIENT), str(self.port), "bench", *map(str, numbers)],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        return Result(**json.loads(done.stdout))
+        return run_client(CLIENT, str(self.port), "bench", streams, round_number)
 
     def close(self) -> None:
         """End the process."""
@@ -94,6 +93,29 @@ class Server:
                 time.sleep(0.2)
         self._said.seek(0)
         raise SystemExit(f"{self.name} did not start: {self._said.read()[-2000:]}")
+
+
+class Offline:
+    """The Python interface, in a process for each round."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self._model = name, str(folder / "hf")
+
+    def measure(self, streams: int, round_number: int) -> Result:
+        """One round with so many requests under way."""
+        return run_client(OFFLINE, self._model, SERVERS[self.name].option, streams, round_number)
+
+    def close(self) -> None:
+        """Nothing runs between the rounds."""
+
+
+def run_client(script: Path, place: str, option: str, streams: int, round_number: int) -> Result:
+    numbers = (streams, streams * REQUESTS_PER_STREAM, MAX_TOKENS, round_number)
+    done = subprocess.run(
+        [sys.executable, str(script), place, option, *map(str, numbers)],
+        stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    return Result(**json.loads(done.stdout))
 
 
 def build_tramontane_command(folder: Path, quant: str, port: int) -> list[str]:
@@ -114,15 +136,19 @@ def build_llama_command(folder: Path, encoding: str, port: int) -> list[str]:
 def run_size(
     size: str, folder: Path, names: Sequence[str], streams: list[int], repeats: int
 ) -> None:
-    servers = [Server(name, folder / size) for name in names]
+    servers = [
+        (Offline if SERVERS[name].program == "offline" else Server)(name, folder / size)
+        for name in names
+    ]
     results: dict[tuple[str, int], list[Result]] = {}
     try:
         for server in servers:
-            server.measure(1)  # warm
-        for _ in range(repeats):
+            server.measure(1, 0)  # warm
+        for round_number in range(1, repeats + 1):
             for number in streams:
                 for server in servers:
-                    results.setdefault((server.name, number), []).append(server.measure(number))
+                    result = server.measure(number, round_number)
+                    results.setdefault((server.name, number), []).append(result)
     finally:
         for server in servers:
             server.close()
@@ -159,9 +185,7 @@ def choose_servers(wanted: list[str] | None) -> list[str]:
     has_llama = all(find_spec(name) for name in needed)
     if not has_llama:
         print("without llama.cpp: pip install 'llama-cpp-python[server]'", file=sys.stderr)
-    return [
-        name for name in wanted or SERVERS if has_llama or SERVERS[name].program == "tramontane"
-    ]
+    return [name for name in wanted or SERVERS if has_llama or SERVERS[name].program != "llama.cpp"]
 
 
 def main() -> None:
