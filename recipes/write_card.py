@@ -7,12 +7,14 @@ experts, DENSE_RUN its dense equal.
 
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
 from textwrap import fill
 from typing import Any
 
 from tramontane import LLM, SamplingParams
 from tramontane.config import ModelConfig
+from tramontane.data.sources import parse_source
 
 PROMPTS = (
     "Once upon a time",
@@ -110,9 +112,7 @@ def list_scores(run: Path, dense: Path | None) -> str:
     """One row per domain: share of the tokens, licence, held-out bits per byte of both models."""
     ours = read_json(run / "scores.json")
     theirs = read_json(dense / "scores.json") if dense else None
-    specs = [spec.rpartition(":") for spec in read_json(run / "config.json")["sources"]]
-    shares = {head.partition("=")[0]: float(weight) for head, _, weight in specs if head}
-    total = sum(shares.values()) or 1.0
+    shares = count_shares(read_stages(run))
     lines = [
         "## Data, licences, held-out bits per byte (lower is better)",
         "",
@@ -123,14 +123,24 @@ def list_scores(run: Path, dense: Path | None) -> str:
     ]
     for domain, score in ours["domains"].items():
         baseline = f"{theirs['domains'][domain]['bits_per_byte']:.3f}" if theirs else "-"
-        share = shares.get(domain, total) / total
         lines.append(
-            f"| {domain} | {LICENCES.get(domain, 'see the data')} | {share:.1%} | "
+            f"| {domain} | {LICENCES.get(domain, 'see the data')} | {shares[domain]:.1%} | "
             f"{score['bits_per_byte']:.3f} | {baseline} |"
         )
     mean = f"**{theirs['mean']:.3f}**" if theirs else "-"
     lines.append(f"| **mean of domains** | | | **{ours['mean']:.3f}** | {mean} |")
     return "\n".join(lines) + "\n"
+
+
+def count_shares(stages: list[dict[str, Any]]) -> dict[str, float]:
+    """Of all tokens, over the stages; each mixes its sources by their weights."""
+    total, shares = sum(stage.get("tokens", 0) for stage in stages), defaultdict[str, float](float)
+    for stage in stages:
+        sources = [parse_source(spec) for spec in stage.get("sources", ())]
+        weights = sum(source.weight for source in sources)
+        for source in sources:
+            shares[source.domain] += source.weight / weights * stage["tokens"] / total
+    return shares
 
 
 def list_load(run: Path) -> str:

@@ -1,6 +1,7 @@
 """Bursts and soaks over real sockets (reliability rows E10 and E11, as the HTTP server sees them).
 
-Clients speak HTTP themselves, so that hundreds fit into this process beside the server.
+Clients speak HTTP themselves, so that hundreds fit into this process beside the server. With a tiny
+model, and with an engine that takes its time. `pytest -m slow -s` prints the figures.
 """
 
 import asyncio
@@ -9,20 +10,40 @@ import json
 import os
 import random
 import threading
+import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 
+from tests.model_folder import save_tiny_model
 from tests.server.fake_engine import FakeEngine
-from tests.server.live import LiveServer, run_live
+from tests.server.live import LiveServer, run_live, run_real
+from tramontane.engine.async_engine import AsyncEngine
 
 pytestmark = pytest.mark.slow
+OpenServer = Callable[[], AbstractContextManager[LiveServer]]
+
+
+@pytest.fixture(params=["tiny model", "slow engine"])
+def open_server(request: pytest.FixtureRequest, tmp_path) -> OpenServer:
+    if request.param == "slow engine":
+
+        def make_engine() -> FakeEngine:
+            engine = FakeEngine(seconds_per_token=0.02, max_running=128)
+            engine.keeps_requests = False
+            return engine
+
+        return lambda: run_live(make_engine)
+    folder = save_tiny_model(tmp_path / "tiny", max_seq_len=512)
+    return lambda: run_real(folder, limits={"max_num_seqs": 128})
 
 
 async def ask(live: LiveServer, body: dict, *, leave_after: int | None = None) -> str:
     """How a streamed request ended: "whole", "left", "broken", or its status if it is not 200."""
     reader, writer = await asyncio.open_connection("127.0.0.1", live.port)
-    data = json.dumps({"stream": True, **body}).encode()
+    data = json.dumps({"stream": True, "ignore_eos": True, **body}).encode()
     writer.write(
         b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
         b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(data) + data
@@ -57,7 +78,14 @@ def read_memory() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_a_burst_of_500_streams():
+def check_nothing_is_held(live: LiveServer) -> None:
+    live.wait_idle(10)
+    if isinstance(live.engine, AsyncEngine):
+        assert live.engine.get_stats().kv_cache_usage == 0
+        live.engine._engine.check_integrity()
+
+
+def test_a_burst_of_500_streams(open_server: OpenServer):
     """E10: 30% leave at a random token; the rest ends whole; five times."""
 
     async def burst(live: LiveServer, generator: random.Random) -> Counter[str]:
@@ -69,18 +97,20 @@ def test_a_burst_of_500_streams():
 
         return Counter(await asyncio.gather(*(one(number) for number in range(500))))
 
-    with run_live(lambda: FakeEngine(seconds_per_token=0.02, max_running=128)) as live:
+    with open_server() as live:
         generator, files = random.Random(0), count_files()
         for _ in range(5):
+            start = time.monotonic()
             ends = asyncio.run(burst(live, generator))
+            print(f"\n500 streams: {dict(ends)} in {time.monotonic() - start:.1f} s", end="")
             assert set(ends) <= {"whole", "left"}, ends
             assert ends["whole"] >= 300
-            live.wait_idle(10)
+            check_nothing_is_held(live)
         assert count_files() <= files + 2
         assert live.client.get("/health").status_code == 200
 
 
-def test_a_soak_of_10000_requests():
+def test_a_soak_of_10000_requests(open_server: OpenServer):
     """E11: 64 in flight, 10% leave, 5% are invalid; nothing is left, and memory does not grow."""
 
     async def soak(live: LiveServer, total: int) -> Counter[str]:
@@ -100,18 +130,21 @@ def test_a_soak_of_10000_requests():
         await asyncio.gather(*(work() for _ in range(64)))
         return ends
 
-    with run_live(lambda: FakeEngine(max_running=32)) as live:
-        live.engine.keeps_requests = False
+    with open_server() as live:
         asyncio.run(soak(live, 2_000))
-        live.wait_idle(10)
+        check_nothing_is_held(live)
         gc.collect()
         files, threads, memory = count_files(), threading.active_count(), read_memory()
+        start = time.monotonic()
         ends = asyncio.run(soak(live, 8_000))
-        live.wait_idle(10)
+        seconds = time.monotonic() - start
+        check_nothing_is_held(live)
         gc.collect()
+        grown = read_memory() - memory
+        print(f"\n8,000 requests: {dict(ends)} in {seconds:.0f} s, memory {grown / 2**20:+.1f} MiB")
         assert set(ends) <= {"whole", "left", "400"}, ends
         assert ends.total() == 8_000
         assert 300 < ends["400"] < 500
         assert count_files() <= files + 2
         assert threading.active_count() <= threads
-        assert read_memory() - memory < 8 * 2**20  # 1 MiB per thousand requests
+        assert grown < 8 * 2**20  # 1 MiB per thousand requests

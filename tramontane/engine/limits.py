@@ -27,7 +27,7 @@ class EngineLimits:
     kv_cache_memory_bytes: int = 4 * 2**30
     use_prefix_cache: bool = True
     max_num_drafts: int = 0
-    max_num_steps: int = 8
+    max_num_steps: int = 16
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_num_seqs <= self.max_num_batched_tokens:

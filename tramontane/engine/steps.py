@@ -11,7 +11,7 @@ from tramontane.engine.scheduler import Share
 from tramontane.engine.sequence import Sequence
 from tramontane.kernels.native_decoder import ONE_STEP, Steps
 
-MAX_SECONDS = 0.005  # no step begins later: so long those wait who come, leave or read along
+MAX_SECONDS = 0.01  # no step begins later: so long those wait who come, leave or read along
 
 
 def plan_steps(shares: list[Share], *, most: int, block_size: int) -> Steps:
