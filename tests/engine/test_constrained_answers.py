@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from datetime import date
 
 import jsonschema
 import pytest
@@ -13,7 +14,14 @@ from tramontane.engine.completion import Completion
 from tramontane.engine.constraint import Constraint
 from tramontane.errors import RequestError
 
+FORMATS = jsonschema.FormatChecker(jsonschema.Draft202012Validator.FORMAT_CHECKER.checkers)
 PROMPT = "Once upon a time there was a girl. What we know of her:\n"
+
+
+@FORMATS.checks("date", raises=ValueError)
+def is_date(value: object) -> bool:
+    """As docs/sampling.md has it: any year, 0000 too, may have a 29th of February."""
+    return not isinstance(value, str) or bool(date.fromisoformat("2000" + value[4:]))
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +44,7 @@ def count_valid_answers(llm: LLM, seeds: Iterable[int]) -> int:
         completion = answer(llm, "json_schema", json.dumps(schema), seed=seed,
                             temperature=seed % 3 / 2)  # fmt: skip
         if completion.finish_reason == "stop":
-            checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
-            jsonschema.validate(json.loads(completion.text), schema, format_checker=checker)
+            jsonschema.validate(json.loads(completion.text), schema, format_checker=FORMATS)
             num_ended += 1
         else:
             assert completion.finish_reason == "length"
