@@ -102,8 +102,9 @@ class Decoder {
 
   // One call at a time. Runs the batch, and then the best token of each sequence, again and again
   // until `steps` or scores that are not finite end it; returns the number of steps. Experts,
-  // `best` and `is_finite` are (S, ...) of S steps, of all else the last step's remain. Throws std::bad_alloc, std::out_of_range on an id that is none, and
-  // std::invalid_argument on numbers that do not fit together.
+  // `best` and `is_finite` are (S, ...) of S steps, of all else the last step's remain. Throws
+  // std::bad_alloc, std::out_of_range on an id that is none, and std::invalid_argument on numbers
+  // that do not fit together.
   int64_t run(const KernelTable& kernels, Batch batch, DecoderResults results, const Steps& steps,
               int num_threads);
 

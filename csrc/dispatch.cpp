@@ -17,9 +17,11 @@ extern const KernelTable kernel_table;
 namespace avx512 {
 extern const KernelTable kernel_table;
 }
+#if TRAMONTANE_AVX512_BF16
 namespace avx512_bf16 {
 extern const KernelTable kernel_table;
 }
+#endif
 #endif
 
 namespace {
@@ -43,7 +45,9 @@ const KernelTable* find_kernels(const char* name) {
 #endif
   const Entry entries[] = {
 #if TRAMONTANE_X86
+#if TRAMONTANE_AVX512_BF16
       {&avx512_bf16::kernel_table, has_avx512 && __builtin_cpu_supports("avx512bf16")},
+#endif
       {&avx512::kernel_table, has_avx512},
       {&avx2::kernel_table, has_avx2},
 #endif
