@@ -65,6 +65,29 @@ def test_from_every_layout(layout: str, tmp_path: Path, capsys: Captured) -> Non
     torch.testing.assert_close(copied.float(), load_model(path).layers[1].feed_forward.w2.weight)
 
 
+def test_with_dense_layers_it_runs_and_is_known_again(
+    dense: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    """S-19: experts in every second layer. It is no Mixtral, so the folder is of our own layout."""
+    out = tmp_path / "moe"
+    assert run_command(["upcycle", str(dense), str(out), "--layers", "every-2"]) == 0
+    assert read_change(capsys.readouterr().out) <= 1e-5
+    assert json.loads((out / "config.json").read_text())["model_type"] == "tramontane"
+    params = SamplingParams(max_tokens=8, temperature=0.0)
+    llm = LLM(out)
+    completion = llm.generate("Once", params, collect_routing=True)
+    assert completion.text == LLM(dense).generate("Once", params).text
+    experts = completion.selected_experts
+    assert experts is not None
+    assert (experts[:, 0, 0] == 0).all()
+    assert (experts[:, 0, 1] == -1).all()  # the only expert has no second beside it
+    assert (experts[:, 1] >= 0).all()
+    with_more = SamplingParams(max_tokens=4, temperature=0.0, experts_per_token=3)
+    assert llm.generate("Once", with_more).num_completion_tokens == 4
+    assert run_command(["ancestry", str(dense), str(out), "--units", "32"]) == 0
+    assert "derived: 9 of 9 networks have the other model's units" in capsys.readouterr().out
+
+
 def test_noise_is_seen_in_the_change(dense: Path, tmp_path: Path, capsys: Captured) -> None:
     assert run_command(["upcycle", str(dense), str(tmp_path / "moe"), "--noise", "0.2"]) == 0
     assert read_change(capsys.readouterr().out) > 1e-2
@@ -73,7 +96,8 @@ def test_noise_is_seen_in_the_change(dense: Path, tmp_path: Path, capsys: Captur
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--layers", "every-other"], "a Mixtral has experts in every layer"),
+        (["--layers", "every-other"], "layers is 'every-other'; choose all, every-2"),
+        (["--layers", "1-2"], "the model has 2 layers, 0 to 1"),
         (["--virtual-groups", "3"], "num_experts is 8, no multiple of virtual_groups, 3"),
         (["--num-experts-per-tok", "9"], "there are only 8 experts"),
     ],

@@ -35,8 +35,9 @@ def make_facts(**changes: Any) -> SimpleNamespace:
     values = {
         "name": "fake", "created": 1_700_000_000, "max_seq_len": 512,
         "vocab_size": ByteTokenizer().vocab_size, "n_layers": L, "dim": D, "num_experts": E,
-        "num_experts_per_tok": K, "num_parameters": 10_000, "num_active_parameters": 6_000,
-        "num_expert_parameters": 1_000, "weight_bytes_per_expert": 2_000,
+        "num_experts_per_tok": K, "layer_experts": (E,) * L, "num_parameters": 10_000,
+        "num_active_parameters": 6_000, "num_expert_parameters": 1_000,
+        "weight_bytes_per_expert": 2_000,
     }  # fmt: skip
     return SimpleNamespace(**{**values, **changes})
 

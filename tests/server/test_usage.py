@@ -13,7 +13,7 @@ from tramontane.server.usage import CostMeter, count_active, count_expert_bytes,
 
 # Mixtral 8x7B at 4 bits per weight of an expert.
 MIXTRAL = SimpleNamespace(
-    n_layers=32, dim=4096, num_experts=8, num_experts_per_tok=2,
+    n_layers=32, dim=4096, num_experts_per_tok=2, layer_experts=(8,) * 32,
     num_active_parameters=12_879_925_248, num_expert_parameters=176_160_768,
     weight_bytes_per_expert=88_080_384,
 )  # fmt: skip
@@ -36,6 +36,14 @@ def test_more_experts_are_more_active_parameters():
     assert count_active(model, 1) == 12_879_925_248 - 32 * per_layer
 
 
+def test_a_dense_layer_reads_its_only_network():
+    """A pyramid of which one layer is dense: 4 experts, and 1."""
+    model = SimpleNamespace(**{**vars(MIXTRAL), "layer_experts": (4, 1)})
+    assert count_active(model, 3) == count_active(model, 2) + model.num_expert_parameters
+    read = count_expert_bytes(model, make_completion(2, 5), 0, 6)
+    assert read / model.weight_bytes_per_expert == (4 * (1 - 0.5**2) + 4 * 2) + (1 + 4 * 1)
+
+
 def test_flops_of_a_token_by_token_sum():
     for start, end in ((0, 7), (3, 20), (5, 5)):
         expected = sum(2 * 1000 + 4 * 32 * 4096 * (at + 1) for at in range(start, end))
@@ -51,7 +59,7 @@ def test_a_prompt_reads_the_experts_that_the_batch_formula_expects(tokens, disti
 
 
 def test_known_routing_is_counted():
-    model = SimpleNamespace(num_experts=4, num_experts_per_tok=2, weight_bytes_per_expert=10)
+    model = SimpleNamespace(num_experts_per_tok=2, weight_bytes_per_expert=10)
     prompt = [[[0, 1], [2, 3]], [[0, 1], [2, 0]]]  # 2 tokens, 2 layers: 2 and 3 distinct
     answer = [[[3, -1], [1, 2]]]  # one token that ran: 1 and 2
     routed = np.array(prompt + answer, np.int16)

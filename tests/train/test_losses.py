@@ -44,6 +44,15 @@ def test_layers_are_not_pooled() -> None:
     assert both.item() == pytest.approx(4.0)
 
 
+def test_dense_layers_are_left_out() -> None:
+    """A layer of one expert has no choice to balance, and does not thin out the terms of others."""
+    logits = torch.randn(37, 8, generator=torch.Generator().manual_seed(3))
+    sparse, dense = make_routing(logits), make_routing(logits[:, :1], num_experts_per_tok=1)
+    for term in (compute_load_balancing_loss, compute_router_z_loss, compute_router_entropy):
+        torch.testing.assert_close(term([dense, sparse]), term([sparse]))
+    assert compute_load_balancing_loss([dense]).item() == 0
+
+
 def test_balanced_routing_gives_k() -> None:
     logits = 5.0 * torch.eye(8).roll(1, 1) + 5.0 * torch.eye(8)
     assert compute_load_balancing_loss([make_routing(logits)]).item() == pytest.approx(2.0)

@@ -13,6 +13,7 @@ import torch
 
 from tests.tiny import make_config, make_model
 from tramontane.checkpoint.loader import load_model
+from tramontane.config import MoeConfig
 from tramontane.data.token_files import TokenFile
 from tramontane.engine.llm import LLM
 from tramontane.engine.sampling_params import SamplingParams
@@ -191,6 +192,19 @@ def test_models_with_other_routers_are_trained_saved_and_resumed(
     assert llm.generate("the cat", params).num_completion_tokens > 0
     with pytest.raises(RequestError, match=f"this model's router is '{name}'"):
         llm.generate("the cat", replace(params, experts_per_token=2))
+
+
+def test_dense_layers_between_sparse_ones_are_trained(settings: dict[str, Any]) -> None:
+    """S-19: from scratch, or upcycled in some layers only. Health and loads are of all layers."""
+    settings["model"]["moe"] = {"layer_experts": [1, 8]}
+    trained = pretrain(load_pretrain_config(None, settings), Recorder())
+    assert trained is not None
+    assert load_model(trained).config.moe == MoeConfig(layer_experts=(1, 8))
+    records = map(json.loads, (trained.parent / "log.jsonl").read_text().splitlines())
+    *_, router = (record["router"] for record in records if "router" in record)
+    assert [len(load) for load in router["load"]] == [1, 8]
+    assert router["experts_per_token"] == [1.0, 2.0]
+    assert (router["entropy"][0], router["dead"][0]) == (1.0, 0)
 
 
 def test_resume_refuses_changed_settings(settings: dict[str, Any]) -> None:

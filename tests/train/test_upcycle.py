@@ -15,6 +15,7 @@ from tramontane.train.upcycle import (
     UpcycledParameters,
     UpcycleOptions,
     compute_layered_logits,
+    list_layers,
     make_prompts,
     plan_upcycled,
 )
@@ -48,6 +49,8 @@ EXACT: list[dict[str, Any]] = [
     {"virtual_groups": 2},
     {"virtual_groups": 2, "router_init": "zeros", "num_experts": 4},
     {"virtual_groups": 3, "num_experts": 6, "num_experts_per_tok": 3},
+    {"layers": "every-2"},
+    {"layers": "0,2-3", "router_init": "zeros", "num_experts_per_tok": 3},
     {"virtual_groups": 4, "num_experts": 16, "num_experts_per_tok": 8, "router_init": "uniform"},
 ]
 
@@ -80,6 +83,42 @@ def test_shards_of_other_networks_are_another_function() -> None:
     for layer in sparse.layers:
         layer.feed_forward.gate.weight.data.normal_(0.0, 0.02)
     assert measure_error(compute_logits(sparse), compute_logits(dense)) > 0.01
+
+
+def test_layers_that_are_not_chosen_stay_dense() -> None:
+    dense = make_model(DENSE)
+    sparse = upcycle(dense, layers="every-2", noise=0.1)
+    assert sparse.config.moe is not None
+    assert sparse.config.moe.layer_experts == (1, 8, 1, 8)
+    kept, copied = (sparse.layers[n].feed_forward.experts.w1 for n in (2, 3))
+    assert torch.equal(kept[0], dense.layers[2].feed_forward.w1.weight)
+    assert (len(kept), len(copied)) == (1, 8)
+    assert not torch.equal(copied[0], dense.layers[3].feed_forward.w1.weight)
+    count = sparse.config.count_parameters()
+    assert count.total == sum(p.numel() for p in sparse.parameters())
+    network = 3 * DENSE.dim * DENSE.hidden_dim
+    gates = DENSE.dim * (1 + 8 + 1 + 8)
+    assert count.active == DENSE.count_parameters().total + 2 * network + gates
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("all", [0, 1, 2, 3, 4, 5]), ("every-1", [0, 1, 2, 3, 4, 5]), ("every-2", [1, 3, 5]),
+        ("every-4", [3]), ("last-2", [4, 5]), ("last-6", [0, 1, 2, 3, 4, 5]), ("3", [3]),
+        ("4-5, 0,4", [0, 4, 5]),
+    ],
+)  # fmt: skip
+def test_layers_are_named_by_a_rule_or_by_number(text: str, expected: list[int]) -> None:
+    assert list_layers(text, 6) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "some", "every-0", "last-0", "every-7", "last-7", "6", "2-6", "5-4", "-1", "1,,2"]
+)
+def test_layers_that_there_are_not_are_named(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"layers is {text!r}"):
+        list_layers(text, 6)
 
 
 def test_noise_moves_each_copy_by_its_share() -> None:
@@ -125,6 +164,7 @@ def test_logits_layer_by_layer_are_those_of_the_model() -> None:
         ({"router_init": "ones"}, "router_init is 'ones'"),
         ({"num_experts_per_tok": 9}, "only 8 experts"),
         ({"num_experts": 0}, "num_experts is 0"),
+        ({"layers": "last-2", "virtual_groups": 2}, "leave one of them out"),
     ],
 )
 def test_what_cannot_be_is_explained(options: dict[str, Any], message: str) -> None:

@@ -45,7 +45,8 @@ class Assembly:
             part.change.to_theirs(self.parameters.read(part.parameter, part.expert))
             for part in expected.parts
         ]
-        return values[0] if len(values) == 1 else torch.stack(values).reshape(expected.shape)
+        whole = values[0] if len(values) == 1 else torch.stack(values)
+        return whole.reshape(expected.shape)
 
     @cached_property
     def _expected(self) -> dict[str, ExpectedTensor]:

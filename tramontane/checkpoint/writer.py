@@ -66,8 +66,7 @@ def save_model(
     has parameters that this layout has no names for.
     """
     state = model.state_dict()
-    moe = model.config.moe
-    table = HF if moe is None or moe.is_mixtral else OUR_NAMES
+    table = choose_table(model.config)
     expected = table.map_tensors(model.config)
     known = {part.parameter for tensor in expected.values() for part in tensor.parts}
     if nameless := sorted(set(state) - known):
@@ -85,6 +84,11 @@ def save_model(
         max_shard_bytes=max_shard_bytes,
         table=table,
     )
+
+
+def choose_table(config: ModelConfig) -> NameTable:
+    """The names in a folder of such a model: Hugging Face's, or ours if it is no Mixtral."""
+    return HF if config.moe is None or config.moe.is_mixtral else OUR_NAMES
 
 
 def write_hf(

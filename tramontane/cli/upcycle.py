@@ -41,13 +41,14 @@ def upcycle(
     dense
         A folder or file in any layout, or the id of a model that has been pulled.
     out
-        A new folder, in the layout of Hugging Face.
+        A new folder, in the layout of Hugging Face, or in ours if layers stay dense.
     num_experts
-        Experts in each layer.
+        Experts in each of the layers.
     num_experts_per_tok
         Experts that each token goes to.
     layers
-        all: a Mixtral has experts in every layer.
+        Those that get experts: all; every-2, that is 1, 3, 5, ...; last-4; or numbers such as
+        0,2,5-7. If some stay dense the result is no Mixtral, and tramontane alone runs it.
     router_init
         normal or uniform, of deviation 0.02; with zeros all tokens begin at the first experts.
     noise
@@ -64,17 +65,12 @@ def upcycle(
     from tramontane.hub.cache import resolve_model
     from tramontane.train.upcycle import UpcycleOptions, plan_upcycled
 
-    if layers != "all":
-        raise RequestError(
-            f"--layers is {layers!r}, but a Mixtral has experts in every layer: neither its layout "
-            "nor transformers and llama.cpp, which read it, know a model with dense layers beside "
-            "sparse ones. Leave --layers out"
-        )
     if out.exists():
         raise RequestError(f"{out} exists already; name a new one, or remove it first")
     options = UpcycleOptions(
         num_experts=num_experts,
         num_experts_per_tok=num_experts_per_tok,
+        layers=layers,
         router_init=router_init,
         noise=noise,
         virtual_groups=virtual_groups,
@@ -99,7 +95,7 @@ def _write(
     checkpoint: "Checkpoint", out: Path, config: "ModelConfig", options: "UpcycleOptions"
 ) -> None:
     from tramontane.checkpoint.parameters import StoredParameters
-    from tramontane.checkpoint.writer import write_hf
+    from tramontane.checkpoint.writer import choose_table, write_hf
     from tramontane.engine.vocabulary import find_token_ids
     from tramontane.train.upcycle import UpcycledParameters
 
@@ -122,6 +118,7 @@ def _write(
             tokenizer=tokenizer,
             token_ids=find_token_ids(checkpoint, tokenizer),
             extra_files=_add_stage(find_side_files(checkpoint), options),
+            table=choose_table(config),
             on_tensor=on_tensor,
         )
 

@@ -79,7 +79,7 @@ class ModelConfig:
         shared += self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
         if self.moe is not None:
             num_experts = self.moe.count_experts(self.n_layers)
-            num_active = self.n_layers * self.moe.num_experts_per_tok
+            num_active = self.moe.count_active_experts(self.n_layers)
             shared += num_experts * self.dim + self._count_extra_parameters(self.moe)
         return ParameterCount(
             total=shared + num_experts * expert, active=shared + num_active * expert

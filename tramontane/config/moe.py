@@ -180,7 +180,8 @@ class MoeConfig:
 
     `router_options` are those of `router`; None stands for its defaults. `residual` puts a dense
     network beside the experts, and `layer_experts` gives each layer a number of its own, a
-    pyramid, of which `num_experts` is the largest (both arXiv:2201.05596).
+    pyramid, of which `num_experts` is the largest (both arXiv:2201.05596). A layer of one expert is
+    a dense one: beside `top_k` layers its router has nothing to choose.
     """
 
     num_experts: int = 8
@@ -216,7 +217,8 @@ class MoeConfig:
                     f"moe.num_experts is {self.num_experts}; it must be the largest of "
                     f"moe.layer_experts, {max(self.layer_experts)}"
                 )
-            fewest, source = min(self.layer_experts), "the least of moe.layer_experts"
+            self._check_dense_layers()
+            fewest, source = self.fewest_experts, "the least of moe.layer_experts"
         if self.num_experts_per_tok > fewest:
             raise ConfigError(
                 f"moe.num_experts_per_tok is {self.num_experts_per_tok}, but there are only "
@@ -228,6 +230,20 @@ class MoeConfig:
                 f"moe.num_experts_per_tok is {self.num_experts_per_tok}; the router "
                 f"{self.router!r} is defined for {wanted}"
             )
+
+    def _check_dense_layers(self) -> None:
+        if 1 in self.layer_experts and self.num_experts_per_tok > 1 and self.router != "top_k":
+            raise ConfigError(
+                f"moe.layer_experts are {self.layer_experts}: beside layers that use "
+                f"{self.num_experts_per_tok} experts, those of one, dense layers, want the router "
+                f"'top_k', not {self.router!r}"
+            )
+
+    @property
+    def fewest_experts(self) -> int:
+        """Of the layers that have a choice: the most that every token can go to."""
+        choosing = [count for count in self.layer_experts or (self.num_experts,) if count > 1]
+        return min(choosing, default=1)
 
     @property
     def options(self) -> RouterOptions:
@@ -259,11 +275,21 @@ class MoeConfig:
         """That of one layer."""
         if not self.layer_experts:
             return self
-        return replace(self, num_experts=self.layer_experts[layer], layer_experts=())
+        count = self.layer_experts[layer]
+        num_used = min(count, self.num_experts_per_tok)
+        return replace(self, num_experts=count, num_experts_per_tok=num_used, layer_experts=())
+
+    def list_experts(self, n_layers: int) -> tuple[int, ...]:
+        """The number of experts of each layer."""
+        return self.layer_experts or (self.num_experts,) * n_layers
 
     def count_experts(self, n_layers: int) -> int:
         """Experts of all layers together."""
-        return sum(self.layer_experts) or n_layers * self.num_experts
+        return sum(self.list_experts(n_layers))
+
+    def count_active_experts(self, n_layers: int) -> int:
+        """Experts that see a token, of all layers together."""
+        return sum(min(self.num_experts_per_tok, n) for n in self.list_experts(n_layers))
 
     def list_extra_tensors(self) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
         """Parameters and buffers of a sparse layer beside the gate's weight and the experts."""

@@ -9,12 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tramontane.engine.kv_cache import KVPool, PagedBatch, build_layer_states
 from tramontane.engine.native_model import build_native_model
 from tramontane.engine.scheduler import Share
 from tramontane.kernels.native_decoder import ONE_STEP, Steps
+from tramontane.kernels.reference import NO_EXPERT
 from tramontane.models.transformer import Transformer
 
 _POSITIONS = 256  # the longest of a batch is rounded up to, so that it rarely changes
@@ -122,8 +124,8 @@ class ModelRunner:
         low, high = logits.aminmax(dim=1)  # NaN wins over every number
         experts = weights = None
         if output.routing:
-            experts = torch.stack([routing.experts for routing in output.routing])[None]
-            weights = torch.stack([routing.weights for routing in output.routing])
+            experts = _stack_slots([r.experts for r in output.routing], filler=NO_EXPERT)[None]
+            weights = _stack_slots([r.weights for r in output.routing], filler=0)
         return PassOutput(
             logits,
             [logits.argmax(dim=1).tolist()],
@@ -203,6 +205,12 @@ class _SteadyBatch:
         self._tokens[:] = [sequence.token_ids[-1] for sequence in sequences]
         self._keys[:] = num_keys
         return self._given
+
+
+def _stack_slots(layers: list[Tensor], *, filler: int) -> Tensor:
+    """Of each layer (T, k) -> (L, T, K): a dense layer has one slot, where others have K."""
+    most = max(layer.shape[1] for layer in layers)
+    return torch.stack([F.pad(x, (0, most - x.shape[1]), value=filler) for x in layers])
 
 
 def _pad(tables: list[list[int]]) -> list[list[int]]:

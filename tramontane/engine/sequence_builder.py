@@ -80,10 +80,10 @@ class SequenceBuilder:
                 f"experts_per_token is {asked}, but this model's router is {moe.router!r}, whose "
                 "number of experts is not to be chosen; leave it out"
             )
-        fewest = min(moe.layer_experts, default=moe.num_experts)
-        if asked > fewest:
+        if asked > moe.fewest_experts:
             raise RequestError(
-                f"experts_per_token is {asked}; this model has {fewest} experts per layer"
+                f"experts_per_token is {asked}; this model has {moe.fewest_experts} experts per "
+                "layer"
             )
 
     def _build_one(self, request: Request, choice: int, matcher: Matcher | None) -> Sequence:

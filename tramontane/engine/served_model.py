@@ -15,8 +15,8 @@ class ServedModel:
     """Sizes and counts of parameters; without experts their counts are None, and 0 of parameters.
 
     `max_seq_len` is the context that is served. `weight_bytes_per_expert` is what one expert of one
-    layer reads, as it is stored, `other_weight_bytes` all else. `created` is in seconds of Unix
-    time.
+    layer reads, as it is stored, `other_weight_bytes` all else. `layer_experts` are the experts of
+    each layer, of which `num_experts` is the largest number; `created` is in seconds of Unix time.
     """
 
     name: str
@@ -26,6 +26,7 @@ class ServedModel:
     dim: int
     num_experts: int | None
     num_experts_per_tok: int | None
+    layer_experts: tuple[int, ...]
     num_parameters: int
     num_active_parameters: int
     num_expert_parameters: int
@@ -43,7 +44,7 @@ def describe_model(
     expert_bytes = sum(
         _count_bytes(module.experts) for module in model.modules() if isinstance(module, MoeLayer)
     )
-    num_stored = moe.count_experts(config.n_layers) if moe else 0
+    layer_experts = moe.list_experts(config.n_layers) if moe else ()
     return ServedModel(
         name=name,
         max_seq_len=max_seq_len,
@@ -52,10 +53,11 @@ def describe_model(
         dim=config.dim,
         num_experts=moe.num_experts if moe else None,
         num_experts_per_tok=moe.num_experts_per_tok if moe else None,
+        layer_experts=layer_experts,
         num_parameters=count.total,
         num_active_parameters=count.active,
         num_expert_parameters=_count_expert_parameters(config),
-        weight_bytes_per_expert=expert_bytes // num_stored if num_stored else 0,
+        weight_bytes_per_expert=expert_bytes // max(1, sum(layer_experts)),
         other_weight_bytes=_count_bytes(model) - expert_bytes,
     )
 

@@ -34,8 +34,12 @@ class ModelWeights(NamedTuple):
 
     @property
     def num_experts(self) -> int:
-        """Networks in each layer; 1 if dense."""
+        """Networks in a layer, the most; 1 if dense."""
         return self.config.moe.num_experts if self.config.moe else 1
+
+    def count_experts(self, layer: int) -> int:
+        """Networks in one layer."""
+        return self.config.moe.for_layer(layer).num_experts if self.config.moe else 1
 
     def read_units(self, layer: int, expert: int) -> Tensor:
         """The hidden units of a network as unit vectors (F, 3, D): w1, w3, w2."""
@@ -128,19 +132,19 @@ def _match_layer(
     generator: torch.Generator,
 ) -> list[ExpertMatch]:
     samples = []
-    for expert in range(child.num_experts):
+    for expert in range(child.count_experts(layer)):
         units = child.read_units(layer, expert)
         chosen = torch.randperm(len(units), generator=generator)[:num_units]
         samples.append((chosen, units[chosen]))
     best: dict[int, ExpertMatch] = {}
-    for partner in range(parent.num_experts):  # the larger ones are read once each
+    for partner in range(parent.count_experts(layer)):  # the larger ones are read once each
         units = parent.read_units(layer, partner)
         for expert, (chosen, sample) in enumerate(samples):
             similarity, columns = match_units(compute_similarity(sample, units))
             if expert not in best or similarity > best[expert].similarity:
                 in_order = _measure_order(columns - chosen)
                 best[expert] = ExpertMatch(layer, expert, partner, similarity, in_order)
-    return [best[expert] for expert in range(child.num_experts)]
+    return [best[expert] for expert in range(len(samples))]
 
 
 def compute_similarity(ours: Tensor, theirs: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class Transformer(nn.Module):
         """tokens and positions (T,) int64, one state per layer -> ForwardOutput.
 
         A sparse model uses `experts_per_token` (T,) int64 experts, 1 .. E, instead of its own
-        number; K of the routing is the largest of them.
+        number; K of the routing is the largest of them. In a layer of one expert K is 1.
         """
         assert len(states) == len(self.layers), (len(states), len(self.layers))
         config = self.config

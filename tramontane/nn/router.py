@@ -58,8 +58,13 @@ class TopKRouter(Router):
     """Mixtral's: softmax over the K largest logits (arXiv:2401.04088, section 2.1)."""
 
     def forward(self, x: Tensor, counts: Tensor | None = None) -> Routing:
-        """x (T, D) -> Routing; counts (T,) int64 from 1 to E: experts of each token, K the most."""
+        """x (T, D) -> Routing; counts (T,) int64 from 1 to E: experts of each token, K the most.
+
+        A dense layer's only expert is chosen alone, whatever the counts.
+        """
         num_slots = self.num_experts_per_tok
+        if len(self.weight) == 1:
+            counts = None
         if counts is not None and len(counts):
             num_slots = int(counts.max())
         return Routing(*get_kernels().top_k_router(x, self.weight, num_slots, counts))

@@ -90,8 +90,9 @@ def count_active(model: ServedModel, experts_per_token: int | None) -> int:
     """Parameters that work on each token, with as many experts as the request asked for."""
     if experts_per_token is None or model.num_experts_per_tok is None:
         return model.num_active_parameters
-    more = experts_per_token - model.num_experts_per_tok
-    return model.num_active_parameters + more * model.n_layers * model.num_expert_parameters
+    usual = model.num_experts_per_tok
+    more = sum(min(experts_per_token, n) - min(usual, n) for n in model.layer_experts)
+    return model.num_active_parameters + more * model.num_expert_parameters
 
 
 def count_flops(model: ServedModel, active: int, start: int, end: int) -> int:
@@ -110,7 +111,7 @@ def count_expert_bytes(
     E (1 - (1 - K/E)^T) if all choices are equally likely. Each token of the answer reads K. Where
     the routing is known, the experts are counted instead.
     """
-    if model.num_experts is None or model.num_experts_per_tok is None:
+    if model.num_experts_per_tok is None:
         return 0
     num_per_token = experts_per_token or model.num_experts_per_tok
     num_prompt = max(0, completion.num_prompt_tokens - start)
@@ -120,10 +121,12 @@ def count_expert_bytes(
         mine = routed[start - completion.routing_start :]
         reads = _count_distinct(mine[:num_prompt]) + int((mine[num_prompt:] >= 0).sum())
         return reads * model.weight_bytes_per_expert
-    missed = (1 - num_per_token / model.num_experts) ** num_prompt
-    shared = model.num_experts * (1 - missed)
-    reads_per_layer = shared + num_answer * num_per_token
-    return round(model.n_layers * reads_per_layer * model.weight_bytes_per_expert)
+    num_read = 0.0
+    for num_experts in model.layer_experts:
+        chosen = min(num_per_token, num_experts)
+        missed = (1 - chosen / num_experts) ** num_prompt
+        num_read += num_experts * (1 - missed) + num_answer * chosen
+    return round(num_read * model.weight_bytes_per_expert)
 
 
 def _find_span(completion: Completion) -> tuple[int, int]:

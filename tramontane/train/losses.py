@@ -61,7 +61,7 @@ def compute_load_balancing_loss(
     convention: Convention = "hf",
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Mean over layers of E * sum_e f_e P_e; zero for a dense model.
+    """Mean over layers of E * sum_e f_e P_e; zero for a dense model, and dense layers are left out.
 
     P_e is the mean softmax probability of expert e. f_e is, by convention "hf" (transformers), the
     number of slots that it was chosen for per token, so that balanced routing gives K; by
@@ -77,7 +77,7 @@ def compute_load_balancing_loss(
     if convention == "megablocks":
         loads = [load / load.sum().clamp_min(1e-9) for load in loads]
     pairs = zip(routing, loads, strict=True)
-    return _mean_of_layers([_balance_layer(layer, load, mask) for layer, load in pairs])
+    return _mean_of_layers([_balance_layer(*pair, mask) for pair in pairs if len(pair[1]) > 1])
 
 
 def compute_load(routing: Routing, *, mask: Tensor | None = None) -> Tensor:
@@ -93,7 +93,7 @@ def _balance_layer(routing: Routing, load: Tensor, mask: Tensor | None) -> Tenso
 
 def compute_router_z_loss(routing: Sequence[Routing], *, mask: Tensor | None = None) -> Tensor:
     """Mean over layers and tokens of logsumexp(logits)^2 (ST-MoE, arXiv:2202.08906)."""
-    logits = [_keep_tokens(layer.logits, mask) for layer in routing]
+    logits = _list_logits(routing, mask)
     return _mean_of_layers([_mean(torch.logsumexp(x, dim=-1).pow(2)) for x in logits])
 
 
@@ -102,7 +102,7 @@ def compute_router_entropy(routing: Sequence[Routing], *, mask: Tensor | None = 
 
     The "dynamic loss" of top-p routing (arXiv:2403.07652), which keeps its experts few.
     """
-    log_probs = [torch.log_softmax(_keep_tokens(layer.logits, mask), dim=-1) for layer in routing]
+    log_probs = [torch.log_softmax(logits, dim=-1) for logits in _list_logits(routing, mask)]
     return _mean_of_layers([_mean(-(x.exp() * x).sum(-1)) for x in log_probs])
 
 
@@ -120,6 +120,11 @@ def count_tokens_per_expert(routing: Routing, *, mask: Tensor | None = None) -> 
 def _keep_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
     """Those rows of values (T, ...) that are no padding."""
     return values if mask is None else values[mask.to(values.device)]
+
+
+def _list_logits(routing: Sequence[Routing], mask: Tensor | None) -> list[Tensor]:
+    """(T, E) of each layer that has a choice; a layer of one expert is a dense one."""
+    return [_keep_tokens(r.logits, mask) for r in routing if r.logits.shape[1] > 1]
 
 
 def _mean(values: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 Each expert is a copy of the dense network (arXiv:2212.05055). Mixtral's weights sum to one, so
 sum_k w_k f(x) = f(x) whatever the router chooses. With virtual groups (arXiv:2410.07524) an expert
 is a shard of the hidden units, and the shards of one network have one score between them, so that
-top-k takes all of them or none: their sum, times their number, is f(x) again.
+top-k takes all of them or none: their sum, times their number, is f(x) again. Layers that are not
+chosen stay dense: they get one expert.
 """
 
 import math
@@ -24,8 +25,10 @@ from tramontane.nn.attention import PackedSequences
 from tramontane.nn.rope import compute_rope
 
 ROUTER_STD = 0.02  # of normal and uniform routers: that of a new model
-_EXPERT = re.compile(r"(layers\.\d+\.feed_forward)\.experts\.(w[123])")
-_GATE = re.compile(r"layers\.\d+\.feed_forward\.gate\.weight")
+_EXPERT = re.compile(r"(layers\.(\d+)\.feed_forward)\.experts\.(w[123])")
+_GATE = re.compile(r"layers\.(\d+)\.feed_forward\.gate\.weight")
+_RULE = re.compile(r"(every|last)-(\d+)")
+_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,13 @@ class UpcycleOptions:
 
     `virtual_groups` G cuts a network into G shards of its hidden units; there are num_experts / G
     copies of each. `noise` is the deviation of what is added to each copy, as a share of the
-    matrix's own root mean square; the start is then no longer exact.
+    matrix's own root mean square; the start is then no longer exact. `layers` are those that get
+    experts, see `list_layers`.
     """
 
     num_experts: int = 8
     num_experts_per_tok: int = 2
+    layers: str = "all"
     router_init: Literal["normal", "zeros", "uniform"] = "normal"
     noise: float = 0.0
     virtual_groups: int = 1
@@ -59,6 +64,40 @@ class UpcycleOptions:
                     f"{name} is {value}, no multiple of virtual_groups, {self.virtual_groups}: a "
                     "token has to take all shards of a network, or the start is another function"
                 )
+        if self.layers != "all" and self.virtual_groups > 1:
+            raise ConfigError(
+                f"layers is {self.layers!r} and virtual_groups is {self.virtual_groups}: dense "
+                "layers would need networks of another size than the shards; leave one of them out"
+            )
+
+
+def list_layers(text: str, n_layers: int) -> list[int]:
+    """The layers that "all", "every-2" (1, 3, 5, ...), "last-4" or "0,2,5-7" stand for, sorted.
+
+    Raises ConfigError on anything else, and on layers that there are not.
+    """
+    layers = range(n_layers)
+    if text == "all":
+        return list(layers)
+    wanted = f"layers is {text!r}; choose all, every-2, last-4, or numbers such as 0,2,5-7"
+    outside = f"layers is {text!r}, but the model has {n_layers} layers, 0 to {n_layers - 1}"
+    if rule := _RULE.fullmatch(text):
+        count = int(rule[2])
+        if not 1 <= count <= n_layers:
+            raise ConfigError(outside if count else wanted)
+        return list(layers[count - 1 :: count] if rule[1] == "every" else layers[-count:])
+    chosen: set[int] = set()
+    for part in text.split(","):
+        found = _RANGE.fullmatch(part.strip())
+        if found is None:
+            raise ConfigError(wanted)
+        first, last = int(found[1]), int(found[2] or found[1])
+        if first > last:
+            raise ConfigError(wanted)
+        if last >= n_layers:
+            raise ConfigError(outside)
+        chosen |= set(range(first, last + 1))
+    return sorted(chosen)
 
 
 def plan_upcycled(dense: ModelConfig, options: UpcycleOptions) -> ModelConfig:
@@ -73,8 +112,12 @@ def plan_upcycled(dense: ModelConfig, options: UpcycleOptions) -> ModelConfig:
             f"hidden_dim is {dense.hidden_dim}, no multiple of virtual_groups, "
             f"{options.virtual_groups}"
         )
+    chosen = list_layers(options.layers, dense.n_layers)
+    counts = tuple(options.num_experts if n in chosen else 1 for n in range(dense.n_layers))
     moe = MoeConfig(
-        num_experts=options.num_experts, num_experts_per_tok=options.num_experts_per_tok
+        num_experts=options.num_experts,
+        num_experts_per_tok=options.num_experts_per_tok,
+        layer_experts=() if len(chosen) == dense.n_layers else counts,
     )
     return replace(dense, hidden_dim=dense.hidden_dim // options.virtual_groups, moe=moe)
 
@@ -85,19 +128,24 @@ class UpcycledParameters:
     def __init__(self, dense: Parameters, config: ModelConfig, options: UpcycleOptions) -> None:
         """`config` is the dense model's."""
         self._dense, self._config, self._options = dense, config, options
+        self._sparse_layers = set(list_layers(options.layers, config.n_layers))
         self._last: tuple[str, Tensor] = ("", torch.empty(0))  # each matrix is asked for E times
 
     def read(self, parameter: str, expert: int | None = None) -> Tensor:
         """See `checkpoint.parameters.Parameters`."""
-        if _GATE.fullmatch(parameter):
-            return self._make_gate(parameter)
+        if match := _GATE.fullmatch(parameter):
+            is_sparse = int(match[1]) in self._sparse_layers
+            return self._make_gate(parameter) if is_sparse else torch.zeros(1, self._config.dim)
         match = _EXPERT.fullmatch(parameter)
         if match is None:
             return self._dense.read(parameter)
+        network, layer, matrix = match.groups()
+        is_sparse = int(layer) in self._sparse_layers
         if expert is None:
-            experts = range(self._options.num_experts)
+            experts = range(self._options.num_experts if is_sparse else 1)
             return torch.stack([self.read(parameter, e) for e in experts])
-        return self._make_expert(f"{match[1]}.{match[2]}.weight", match[2], expert)
+        name = f"{network}.{matrix}.weight"
+        return self._make_expert(name, matrix, expert) if is_sparse else self._dense.read(name)
 
     def _make_gate(self, name: str) -> Tensor:
         """(E, D): a row for each copy of the network, repeated for its shards, which lie together.
