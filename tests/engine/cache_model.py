@@ -55,6 +55,25 @@ class CheckedCache:
         self.blocks.commit(owner)
         return True
 
+    def reserve_ahead(self, owners: list[Owner], num_tokens: int) -> bool:
+        """As before several steps in one call: each has the place of its next token."""
+        if not all(self.blocks.reserve(owner, 1) for owner in owners):
+            return False
+        num_kept, num_free = len(self.blocks._content), self.blocks.num_free
+        tables = [list(owner.block_table) for owner in owners]
+        is_done = self.blocks.reserve_ahead(owners, num_tokens)
+        for source, target in self.blocks.take_copies():
+            self.slots[target] = list(self.slots[source])
+        assert len(self.blocks._content) == num_kept
+        if not is_done:
+            assert [owner.block_table for owner in owners] == tables
+        elif num_free > self.blocks.num_free:
+            assert self.blocks.num_free >= len(owners)
+        for owner in owners if is_done else ():
+            end = owner.num_computed_tokens + num_tokens
+            assert len(owner.block_table) * self.blocks.block_size >= end
+        return is_done
+
     def fork(self, owner: Owner) -> Owner:
         child = Owner(list(owner.token_ids), owner.cache_root)
         self.blocks.fork(owner, child)

@@ -121,6 +121,32 @@ def test_forks_share_and_copy_on_write():
     assert cache.blocks.num_free == 40
 
 
+def test_blocks_ahead_are_taken_of_those_that_hold_nothing():
+    cache = CheckedCache(BlockManager(8, block_size=4))
+    gone, first, second = make_owner(8, seed=1), make_owner(6, seed=2), make_owner(7, seed=3)
+    for owner in (gone, first, second):
+        cache.start(owner)
+        assert cache.run(owner, len(owner.token_ids))
+    cache.end(gone)  # two blocks are kept for others, two hold nothing
+    assert not cache.reserve_ahead([first, second], 5)  # it would take both
+    assert cache.reserve_ahead([first], 6)
+    assert run_whole(cache.blocks, Owner([*gone.token_ids, 1], ROOT)) == 8
+
+
+def test_a_fork_shares_what_has_been_computed_alone():
+    cache = CheckedCache(BlockManager(8, block_size=4))
+    owner = make_owner(4)
+    cache.start(owner)
+    assert cache.run(owner, 4)
+    assert cache.reserve_ahead([owner], 3)
+    child = cache.fork(owner)
+    assert (len(owner.block_table), len(child.block_table)) == (2, 1)
+    for one in (owner, child):
+        one.token_ids.append(one is child)
+        assert cache.run(one, 1)
+    cache.check()
+
+
 def test_the_longest_unused_block_is_evicted_first():
     blocks = BlockManager(6, block_size=4)
     old, new = make_owner(9, seed=1), make_owner(9, seed=2)
@@ -234,6 +260,12 @@ class BlockMachine(RuleBasedStateMachine):
             owner.token_ids.append(letter)
         pending = len(owner.token_ids) - owner.num_computed_tokens
         self.cache.run(owner, min(pending, most, self.cache.blocks.count_room(owner)))
+
+    @precondition(lambda self: self.cache.owners)
+    @rule(data=st.data(), most=st.integers(2, 9))
+    def reserve_ahead(self, data, most):
+        some = st.lists(st.sampled_from(self.cache.owners), min_size=1, max_size=4, unique=True)
+        self.cache.reserve_ahead(data.draw(some), most)
 
     @precondition(lambda self: self.cache.owners)
     @rule(data=st.data())

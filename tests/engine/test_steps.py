@@ -13,6 +13,7 @@ from tests.model_folder import save_tiny_model
 from tests.tiny import make_config, make_model, make_tokens
 from tramontane import LLM
 from tramontane.engine import steps as steps_module
+from tramontane.engine.block_manager import BlockManager
 from tramontane.engine.completion import Completion, TextPiece
 from tramontane.engine.model_runner import ModelRunner
 from tramontane.engine.sampling_params import SamplingParams
@@ -309,24 +310,43 @@ def test_a_slow_model_runs_one_step_in_a_call(model, monkeypatch):
     assert several.num_calls == one.num_calls
 
 
-def test_the_plan_ends_with_the_first_full_block():
-    """18, 21 and 43 tokens have run: five more fill a block."""
+def test_the_plan_takes_blocks_ahead_or_ends_with_the_first_full_block():
+    """18, 21 and 43 tokens have run, in 7 blocks: five more fill one. 8 steps need one more."""
     shares = []
+    roomy, full = BlockManager(7 + 1 + 3), BlockManager(7 + 1 + 2)
     for count in (18, 21, 43):
         sequence = make_sequence(range(3, 3 + count), greedy(stop_token_ids=(9,)))
         sequence.append_token(1)
         sequence.num_computed_tokens = count
         shares.append(Share(sequence, 1))
-    plan = plan_steps(shares, most=8, block_size=16)
-    assert (plan.most, plan.ends.tolist()) == (5, [EOS, 9])
-    assert plan_steps(shares, most=3, block_size=16).most == 3
+    assert_plan(shares, roomy, most=8, expected=8)
+    assert_plan(shares, full, most=8, expected=5)
+    assert_plan(shares, full, most=3, expected=3)
     first, second, _ = (share.sequence for share in shares)
     for _ in range(26):
         first.append_token(1)
     first.num_computed_tokens += 26  # three are left of its thirty
-    assert plan_steps(shares, most=8, block_size=16).most == 3
+    assert_plan(shares, roomy, most=8, expected=3)
     second.append_token(1)  # two have to run
-    assert plan_steps(shares, most=8, block_size=16) is ONE_STEP
+    assert plan_steps(shares, roomy, most=8) is ONE_STEP
+
+
+def assert_plan(shares: list[Share], blocks: BlockManager, *, most: int, expected: int) -> None:
+    """So many steps, the places for which are there; all blocks are given back."""
+    sequences = [share.sequence for share in shares]
+    for sequence in sequences:
+        num_tokens, sequence.num_computed_tokens = sequence.num_computed_tokens, 0
+        assert blocks.reserve(sequence, num_tokens + 1)
+        sequence.num_computed_tokens = num_tokens
+    plan = plan_steps(shares, blocks, most=most)
+    assert (plan.most, plan.ends.tolist()) == (expected, [EOS, 9])
+    blocks.check_integrity(sequences)
+    for sequence in sequences:
+        places = len(sequence.block_table) * blocks.block_size
+        assert places >= sequence.num_computed_tokens + expected
+        num_tokens = sequence.num_computed_tokens
+        blocks.free(sequence)
+        sequence.num_computed_tokens = num_tokens
 
 
 def test_no_steps_at_all_are_refused(model):

@@ -12,7 +12,7 @@ holds the same two. The first of the two to write token 6 gets a copy, block 2, 
 import hashlib
 import secrets
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from tramontane.errors import CapacityError
@@ -134,6 +134,19 @@ class BlockManager:
             owner.block_table.append(self._allocate())
         return True
 
+    def reserve_ahead(self, owners: Sequence[BlockOwner], num_tokens: int) -> bool:
+        """Make room for so many tokens of each, whose next one has its place already.
+
+        Only with blocks that hold nothing, of which as many stay as there are owners: nothing kept
+        is lost for tokens that may never come, and nobody has to wait for them. Else False.
+        """
+        missing = sum([self.count_missing(owner, num_tokens) for owner in owners])
+        if missing and missing + len(owners) > len(self._blank):
+            return False
+        for owner in owners:
+            self.reserve(owner, num_tokens)
+        return True
+
     def take_copies(self) -> list[tuple[int, int]]:
         """Blocks (from, to) whose content is to be copied before the next pass writes."""
         copies, self._copies = self._copies, []
@@ -150,9 +163,10 @@ class BlockManager:
     def fork(self, owner: BlockOwner, child: BlockOwner) -> None:
         """Let `child`, which holds nothing, begin with all that `owner` has computed."""
         assert not child.block_table, child.block_table
-        for block in owner.block_table[owner.num_freed_blocks :]:
+        num_used = -(-owner.num_computed_tokens // self.block_size)  # the rest is reserved
+        for block in owner.block_table[owner.num_freed_blocks : num_used]:
             self._take(block)
-        child.block_table[:] = owner.block_table
+        child.block_table[:] = owner.block_table[:num_used]
         child.cache_chain[:] = owner.cache_chain
         child.num_computed_tokens = owner.num_computed_tokens
         child.num_freed_blocks = owner.num_freed_blocks

@@ -145,8 +145,9 @@ class Engine:
         try:
             if copies := self._blocks.take_copies():
                 self._pool.copy_blocks(copies)
-            given = self._runner.prepare(shares)
-            output = self._runner.run(given, self._plan_steps(shares))
+            steps = self._plan_steps(shares)
+            given = self._runner.prepare(shares, num_steps=steps.most)
+            output = self._runner.run(given, steps)
             return self._outputs.process(shares, given, output)
         except Exception as error:  # whatever it is, those that were not in this pass go on
             return [
@@ -157,8 +158,7 @@ class Engine:
         """One if somebody waits, or drafts are to be proposed after each."""
         if self._scheduler.num_waiting or self.limits.max_num_drafts:
             return ONE_STEP
-        most, block_size = self.limits.max_num_steps, self._blocks.block_size
-        return plan_steps(shares, most=most, block_size=block_size)
+        return plan_steps(shares, self._blocks, most=self.limits.max_num_steps)
 
 
 def _count_blocks(model: Transformer, limits: EngineLimits) -> int:

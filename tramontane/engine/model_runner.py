@@ -70,15 +70,20 @@ class ModelRunner:
         if self._native is None or not self._native.is_current():
             self._native = build_native_model(self._model, num_choices=self._vocab_size)
 
-    def prepare(self, shares: list[Share]) -> PassInput:
-        """Lay out the tokens of these shares, and see which of them need scores."""
-        if self._steady is not None and (given := self._steady.follow(shares)) is not None:
-            return given
-        given = self._lay_out(shares)
+    def prepare(self, shares: list[Share], *, num_steps: int = 1) -> PassInput:
+        """Lay out the tokens of these shares, and see which of them need scores.
+
+        So many steps may follow one another, whose places are all reserved.
+        """
+        if self._steady is not None:
+            given = self._steady.follow(shares, num_steps)
+            if given is not None:
+                return given
+        given = self._lay_out(shares, num_steps)
         self._steady = _SteadyBatch.start(shares, given)
         return given
 
-    def _lay_out(self, shares: list[Share]) -> PassInput:
+    def _lay_out(self, shares: list[Share], num_steps: int) -> PassInput:
         tokens: list[int] = []
         rows: list[int] = []
         first_rows, num_rows = [], []
@@ -97,7 +102,7 @@ class ModelRunner:
         ids, scored, queries, keys, blocks = self._tensors(
             tokens, rows, num_queries, num_keys, [block for table in tables for block in table]
         )
-        longest = -(-max(num_keys) // _POSITIONS) * _POSITIONS
+        longest = -(-(max(num_keys) + num_steps - 1) // _POSITIONS) * _POSITIONS
         batch = PagedBatch(blocks.view(len(tables), -1), queries, keys, longest)
         return PassInput(ids, batch, scored, self._count_experts(shares), first_rows, num_rows)
 
@@ -192,7 +197,7 @@ class _SteadyBatch:
         )
         return cls(shares, given) if is_steady and all(given.num_rows) else None
 
-    def follow(self, shares: list[Share]) -> PassInput | None:
+    def follow(self, shares: list[Share], num_steps: int) -> PassInput | None:
         """The next pass, in the tensors of the last one; None if the batch is another."""
         sequences = [sequence for sequence, _ in shares]
         if sequences != self._sequences or sum([n for _, n in shares]) != len(shares):
@@ -200,7 +205,7 @@ class _SteadyBatch:
         if [sequence.block_table for sequence in sequences] != self._tables:
             return None
         num_keys = [sequence.num_computed_tokens + 1 for sequence in sequences]
-        if max(num_keys) > self._given.batch.longest:
+        if max(num_keys) + num_steps - 1 > self._given.batch.longest:
             return None
         self._tokens[:] = [sequence.token_ids[-1] for sequence in sequences]
         self._keys[:] = num_keys

@@ -1,12 +1,14 @@
 """How many steps one call runs: several while every sequence only takes its best token.
 
-They end before a sequence takes another block, and after a token that ends one, so that blocks,
-counts and texts are those of one step at a time. Example: of three sequences that have run 18, 21
-and 43 tokens the last fills its block of 16 with 5 more, so one call runs 5 steps.
+They end after a token that ends one, so that counts and texts are those of one step at a time. The
+blocks for them are taken before, of those that hold nothing. If there are too few, the steps end
+with the first block that is full: of three sequences that have run 18, 21 and 43 tokens the last
+fills its block of 16 with 5 more, so one call runs 5 steps.
 """
 
 import torch
 
+from tramontane.engine.block_manager import BlockManager
 from tramontane.engine.scheduler import Share
 from tramontane.engine.sequence import Sequence
 from tramontane.kernels.native_decoder import ONE_STEP, Steps
@@ -14,14 +16,22 @@ from tramontane.kernels.native_decoder import ONE_STEP, Steps
 MAX_SECONDS = 0.01  # no step begins later: so long those wait who come, leave or read along
 
 
-def plan_steps(shares: list[Share], *, most: int, block_size: int) -> Steps:
-    """The steps of a pass over `shares`, whose next tokens have their places: at most `most`."""
+def plan_steps(shares: list[Share], blocks: BlockManager, *, most: int) -> Steps:
+    """The steps of a pass over `shares`, whose next tokens have their places: at most `most`.
+
+    All of them have their places then.
+    """
     for sequence, _ in shares:
-        room = block_size - sequence.num_computed_tokens % block_size
-        most = min(most, room, sequence.max_len - len(sequence.token_ids))
+        most = min(most, sequence.max_len - len(sequence.token_ids))
         if most <= 1 or not _takes_best(sequence):
             return ONE_STEP
-    ends = {end for sequence, _ in shares for end in sequence.answer.end_ids}
+    sequences = [sequence for sequence, _ in shares]
+    if not blocks.reserve_ahead(sequences, most):
+        size = blocks.block_size
+        most = min(most, *(size - sequence.num_computed_tokens % size for sequence in sequences))
+        if most == 1:
+            return ONE_STEP
+    ends = {end for sequence in sequences for end in sequence.answer.end_ids}
     return Steps(most, MAX_SECONDS, torch.tensor(sorted(ends), dtype=torch.int64))
 
 
