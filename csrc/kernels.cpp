@@ -6,6 +6,7 @@
 #include "linear.h"
 #include "router.h"
 #include "sampling.h"
+#include "training.h"
 
 namespace tramontane {
 namespace TRAMONTANE_ISA {
@@ -18,6 +19,9 @@ const KernelTable kernel_table = {TRAMONTANE_TEXT(TRAMONTANE_ISA),
                                   linear,
                                   experts,
                                   norm,
+                                  norm_grad,
+                                  swiglu,
+                                  swiglu_grad,
                                   rotate,
                                   store_in_cache,
                                   attention,

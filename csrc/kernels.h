@@ -59,6 +59,31 @@ struct NormArguments {
   void* out;
 };
 
+// From the gradient of RMSNorm's result to those of what it was given.
+struct NormGradArguments {
+  Values x;  // (T, D)
+  Values weight;
+  Values grad;  // (T, D), of the type of x, as `grad_x`
+  int64_t num_tokens, dim;
+  float eps;
+  void* grad_x;
+  void* grad_weight;  // (D,), of the type of the weight
+};
+
+// silu(gate) * up of `count` numbers, all of one type.
+struct SwigluArguments {
+  Values gate, up;
+  int64_t count;
+  void* out;
+};
+
+// The same, and from the gradient of its result to those of `gate` and `up`.
+struct SwigluGradArguments {
+  Values gate, up, grad;
+  int64_t count;
+  void *out, *grad_gate, *grad_up;
+};
+
 struct RotateArguments {
   Values x;  // (T, H, S), tokens `stride` numbers apart
   int64_t num_tokens, num_heads, head_dim, stride;
@@ -159,6 +184,9 @@ struct KernelTable {
   void (*linear)(const LinearArguments&, Context&);
   void (*experts)(const ExpertsArguments&, Context&);
   void (*norm)(const NormArguments&, Context&);
+  void (*norm_grad)(const NormGradArguments&, Context&);
+  void (*swiglu)(const SwigluArguments&, Context&);
+  void (*swiglu_grad)(const SwigluGradArguments&, Context&);
   void (*rotate)(const RotateArguments&, Context&);
   void (*store)(const StoreArguments&, Context&);
   void (*attention)(const AttentionArguments&, Context&);

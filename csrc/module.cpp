@@ -90,6 +90,43 @@ void run_norm(uintptr_t x, int type, uintptr_t weight, int weight_type, int64_t 
                 context);
 }
 
+void run_norm_grad(uintptr_t x, int type, uintptr_t weight, int weight_type, uintptr_t grad,
+                   int64_t num_tokens, int64_t dim, float eps, uintptr_t grad_x,
+                   uintptr_t grad_weight, int num_threads) {
+  Context context{scratch, num_threads};
+  kernels->norm_grad({{at<const void>(x), to_type(type)},
+                      {at<const void>(weight), to_type(weight_type)},
+                      {at<const void>(grad), to_type(type)},
+                      num_tokens,
+                      dim,
+                      eps,
+                      at<void>(grad_x),
+                      at<void>(grad_weight)},
+                     context);
+}
+
+void run_swiglu(uintptr_t gate, uintptr_t up, int type, int64_t count, uintptr_t out,
+                int num_threads) {
+  const Type common = to_type(type);
+  Context context{scratch, num_threads};
+  kernels->swiglu({{at<const void>(gate), common}, {at<const void>(up), common}, count, at<void>(out)},
+                  context);
+}
+
+void run_swiglu_grad(uintptr_t gate, uintptr_t up, uintptr_t grad, int type, int64_t count,
+                     uintptr_t out, uintptr_t grad_gate, uintptr_t grad_up, int num_threads) {
+  const Type common = to_type(type);
+  Context context{scratch, num_threads};
+  kernels->swiglu_grad({{at<const void>(gate), common},
+                        {at<const void>(up), common},
+                        {at<const void>(grad), common},
+                        count,
+                        at<void>(out),
+                        at<void>(grad_gate),
+                        at<void>(grad_up)},
+                       context);
+}
+
 void run_rotate(uintptr_t x, int type, int64_t num_tokens, int64_t num_heads, int64_t head_dim,
                 int64_t stride, uintptr_t cos, uintptr_t sin, uintptr_t out, int num_threads) {
   Context context{scratch, num_threads};
@@ -258,6 +295,9 @@ NB_MODULE(_native, module) {
   module.def("linear", run_linear);
   module.def("experts", run_experts, without_gil);
   module.def("norm", run_norm, without_gil);
+  module.def("norm_grad", run_norm_grad, without_gil);
+  module.def("swiglu", run_swiglu, without_gil);
+  module.def("swiglu_grad", run_swiglu_grad, without_gil);
   module.def("rotate", run_rotate, without_gil);
   module.def("attention", run_attention, without_gil);
   module.def("paged_attention", run_paged_attention, without_gil);

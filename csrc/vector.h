@@ -288,8 +288,15 @@ static inline Vec exp(Vec x) {
   return scale_by_power(y, n);
 }
 
-// x / (1 + e^-x)
-static inline Vec silu(Vec x) { return div(x, add(splat(1.0f), exp(sub(zero(), x)))); }
+// 1 / (1 + e^-x)
+static inline Vec sigmoid(Vec x) {
+  return div(splat(1.0f), add(splat(1.0f), exp(sub(zero(), x))));
+}
+
+// x / (1 + e^-x); `exp` stops growing at 88, and so does x there.
+static inline Vec silu(Vec x) {
+  return div(max(splat(-88.0f), x), add(splat(1.0f), exp(sub(zero(), x))));
+}
 
 }  // namespace TRAMONTANE_ISA
 }  // namespace tramontane

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import settings
 
-from tramontane.kernels import native
+from tramontane.kernels import extension
 from tramontane.kernels.dispatch import get_kernels
 
 # A busy machine must not fail a property, and a failure must be seen again by the next person.
@@ -18,7 +18,7 @@ def choose_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], 
     """Call with a backend's name: from then on the test runs with it."""
 
     def choose(name: str) -> None:
-        if name == "native" and not native.is_available():
+        if name == "native" and not extension.is_available():
             pytest.skip("the native kernels have not been built")
         monkeypatch.setenv("TRAMONTANE_KERNELS", name)
         get_kernels.cache_clear()

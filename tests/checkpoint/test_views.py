@@ -34,7 +34,7 @@ from tramontane.checkpoint.names import MISTRAL
 from tramontane.checkpoint.writer import save_model
 from tramontane.engine.native_model import build_native_model
 from tramontane.errors import CheckpointError
-from tramontane.kernels import native
+from tramontane.kernels import extension, native
 from tramontane.kernels.dispatch import get_kernels
 from tramontane.models.transformer import Transformer
 from tramontane.quant.apply import quantize_model
@@ -58,11 +58,11 @@ def _kernels(
     if not name:
         yield
         return
-    before = native.get_instruction_set()
-    if not native._native.choose_kernels(name):
+    before = extension.get_instruction_set()
+    if not extension.native_kernels.choose_kernels(name):
         pytest.skip(f"this processor has no {name}")
     yield
-    native._native.choose_kernels(before)
+    extension.native_kernels.choose_kernels(before)
 
 
 def save_mistral_published(model: Transformer, folder: Path) -> Path:

@@ -6,7 +6,7 @@ from inspect import signature
 import pytest
 
 from tramontane.errors import ConfigError
-from tramontane.kernels import fused, native, reference
+from tramontane.kernels import extension, fused, native, reference
 from tramontane.kernels.dispatch import get_kernels
 
 
@@ -20,13 +20,13 @@ def _forget_choice() -> Iterator[None]:
 @pytest.mark.parametrize("is_built", [False, True])
 def test_default_is_the_fastest_there_is(monkeypatch: pytest.MonkeyPatch, is_built: bool) -> None:
     monkeypatch.delenv("TRAMONTANE_KERNELS", raising=False)
-    monkeypatch.setattr(native, "is_available", lambda: is_built)
+    monkeypatch.setattr(extension, "is_available", lambda: is_built)
     assert get_kernels() is (native if is_built else fused)
 
 
 def test_native_that_has_not_been_built_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRAMONTANE_KERNELS", "native")
-    monkeypatch.setattr(native, "is_available", lambda: False)
+    monkeypatch.setattr(extension, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="has not been built"):
         get_kernels()
 

@@ -11,24 +11,24 @@ from torch import Tensor
 
 from tests.bounds import measure_error, read_bounds
 from tramontane.errors import ConfigError
-from tramontane.kernels import fused, native, reference
+from tramontane.kernels import extension, fused, native, reference
 from tramontane.kernels.packing import PackedWeight, dequantize, pack
 
-if not native.is_available():
+if not extension.is_available():
     pytest.skip("the native kernels have not been built", allow_module_level=True)
 
-BEST = native.get_instruction_set()
+BEST = extension.get_instruction_set()
 INSTRUCTION_SETS = [name for name in ("avx512_bf16", "avx512", "avx2", "portable")
-                    if native._native.choose_kernels(name)]  # fmt: skip
-native._native.choose_kernels(BEST)
+                    if extension.native_kernels.choose_kernels(name)]  # fmt: skip
+extension.native_kernels.choose_kernels(BEST)
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True, params=INSTRUCTION_SETS)
 def _instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
-    assert native._native.choose_kernels(request.param)
+    assert extension.native_kernels.choose_kernels(request.param)
     yield
-    native._native.choose_kernels(BEST)
+    extension.native_kernels.choose_kernels(BEST)
 
 
 @pytest.fixture(autouse=True)

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 from tests.kernels.test_native import BEST, INSTRUCTION_SETS, draw, draw_routing, draw_weight
-from tramontane.kernels import native
+from tramontane.kernels import extension, native
 
 BATCHES = [*range(1, 65), 512]  # two threads, where a batch is work enough for them
 
 
 @pytest.fixture(autouse=True, params=INSTRUCTION_SETS)
 def _instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
-    assert native._native.choose_kernels(request.param)
+    assert extension.native_kernels.choose_kernels(request.param)
     with torch.no_grad():
         yield
-    native._native.choose_kernels(BEST)
+    extension.native_kernels.choose_kernels(BEST)
 
 
 @pytest.fixture(params=[1, 2, 3])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.kernels.test_native import BEST, INSTRUCTION_SETS
 from tests.tiny import make_config, make_model, make_tokens
-from tramontane.kernels import native
+from tramontane.kernels import extension
 from tramontane.kernels.native_decoder import (
     ONE_STEP,
     CachePool,
@@ -38,10 +38,10 @@ def _instruction_set(
     request: pytest.FixtureRequest, choose_kernels: Callable[[str], None]
 ) -> Iterator[None]:
     choose_kernels("native")
-    assert native._native.choose_kernels(request.param)
+    assert extension.native_kernels.choose_kernels(request.param)
     with torch.inference_mode():
         yield
-    native._native.choose_kernels(BEST)
+    extension.native_kernels.choose_kernels(BEST)
 
 
 def find_weight(module: torch.nn.Module) -> Weight:

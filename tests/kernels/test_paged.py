@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.bounds import measure_error, read_bounds
 from tests.kernels.test_native import BEST, INSTRUCTION_SETS, draw
-from tramontane.kernels import fused, native, reference
+from tramontane.kernels import extension, fused, native, reference
 
 NOWHERE = 2**40  # a block that would crash whoever reads it
 
@@ -22,10 +22,10 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     if request.param not in INSTRUCTION_SETS:
         yield {"reference": reference, "fused": fused}[request.param]
         return
-    assert native._native.choose_kernels(request.param)
+    assert extension.native_kernels.choose_kernels(request.param)
     with torch.no_grad():
         yield native
-    native._native.choose_kernels(BEST)
+    extension.native_kernels.choose_kernels(BEST)
 
 
 class Case(NamedTuple):

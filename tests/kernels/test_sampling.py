@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from tests.kernels.test_native import BEST, INSTRUCTION_SETS
-from tramontane.kernels import fused, native, reference
+from tramontane.kernels import extension, fused, native, reference
 from tramontane.kernels.sampling import filter_logits, keep_min_p, keep_top_k, keep_top_p
 
 VOCAB = 97
@@ -48,9 +48,9 @@ WAYS = [
 
 @pytest.fixture(params=INSTRUCTION_SETS)
 def _instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
-    assert native._native.choose_kernels(request.param)
+    assert extension.native_kernels.choose_kernels(request.param)
     yield
-    native._native.choose_kernels(BEST)
+    extension.native_kernels.choose_kernels(BEST)
 
 
 def draw_logits(num_rows: int, vocab_size: int, *, seed: int = 0, scale: float = 3.0) -> Tensor:

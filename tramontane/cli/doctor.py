@@ -94,7 +94,7 @@ def _find_version(package: str) -> str | None:
 def _describe_torch() -> _Report:
     import torch
 
-    from tramontane.kernels import native
+    from tramontane.kernels import extension
     from tramontane.kernels.dispatch import get_kernels
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -103,7 +103,7 @@ def _describe_torch() -> _Report:
         "vector_level": torch.backends.cpu.get_cpu_capability(),
         "gpus": gpus,
         "kernels": get_kernels().__name__.rpartition(".")[2],
-        "native": native.get_instruction_set() if native.is_available() else None,
+        "native": extension.get_instruction_set() if extension.is_available() else None,
     }
 
 

@@ -15,6 +15,7 @@ from tramontane.engine.kv_cache import KVPool, PagedBatch
 from tramontane.errors import CapacityError
 from tramontane.kernels import native
 from tramontane.kernels.dispatch import get_kernels
+from tramontane.kernels.extension import TYPES
 from tramontane.kernels.native_decoder import (
     ONE_STEP,
     DecoderResults,
@@ -160,7 +161,7 @@ def build_native_model(model: Transformer, *, num_choices: int | None = None) ->
     for weights in layers:
         plain += [weights.attention_norm, weights.ffn_norm, weights.gate]
     dtypes = {tensor.dtype for tensor in plain}
-    if len(dtypes) != 1 or not dtypes <= set(native.TYPES):
+    if len(dtypes) != 1 or not dtypes <= set(TYPES):
         return None
     num_choices = num_choices or model.config.vocab_size
     return NativeModel(model, layers, output=output, num_choices=num_choices)
@@ -196,7 +197,7 @@ def _list_weights(layer: nn.Module, config: ModelConfig) -> LayerWeights | None:
 
 
 def _find_stacks(experts: nn.Module) -> tuple[Weight, Weight, Weight] | None:
-    if type(experts) is GroupedExperts and experts.w1.dtype in native.TYPES:
+    if type(experts) is GroupedExperts and experts.w1.dtype in TYPES:
         return experts.w1, experts.w2, experts.w3
     if type(experts) is not QuantizedExperts:
         return None
@@ -205,6 +206,6 @@ def _find_stacks(experts: nn.Module) -> tuple[Weight, Weight, Weight] | None:
 
 
 def _find_weight(module: nn.Module) -> Weight | None:
-    if type(module) is Linear and module.weight.dtype in native.TYPES:
+    if type(module) is Linear and module.weight.dtype in TYPES:
         return module.weight
     return module.packed if type(module) is QuantizedLinear else None

@@ -44,6 +44,15 @@ def norm(
     x: int, type: int, weight: int, weight_type: int, num_tokens: int, dim: int, eps: float,
     out: int, num_threads: int, /,
 ) -> None: ...  # fmt: skip
+def norm_grad(
+    x: int, type: int, weight: int, weight_type: int, grad: int, num_tokens: int, dim: int,
+    eps: float, grad_x: int, grad_weight: int, num_threads: int, /,
+) -> None: ...  # fmt: skip
+def swiglu(gate: int, up: int, type: int, count: int, out: int, num_threads: int, /) -> None: ...
+def swiglu_grad(
+    gate: int, up: int, grad: int, type: int, count: int, out: int, grad_gate: int, grad_up: int,
+    num_threads: int, /,
+) -> None: ...  # fmt: skip
 def rotate(
     x: int, type: int, num_tokens: int, num_heads: int, head_dim: int, stride: int, cos: int,
     sin: int, out: int, num_threads: int, /,

@@ -1,33 +1,27 @@
-"""The kernels of `reference.py` in C++ (csrc/), for inference on the CPU.
+"""The kernels of `reference.py` in C++ (csrc/), for the CPU.
 
-One binary holds them for AVX-512, AVX2 and any processor, and the best is chosen at run time;
-TRAMONTANE_ISA=avx2 or portable chooses another. They share torch's threads. What they do not
-compute (gradients, other devices, dtypes and layouts) goes to `fused`, which refuses what does not
-fit together. Shapes as in `reference.py`.
+What they do not compute (most gradients, other devices, dtypes and layouts) goes to `fused`, which
+refuses what does not fit together. Shapes as in `reference.py`.
 
 A row's bits depend neither on the rows that come with it nor on the number of threads.
 """
 
-import logging
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tramontane.errors import ConfigError
 from tramontane.kernels import fused
+from tramontane.kernels.extension import TYPES, is_plain, wants_gradient
+from tramontane.kernels.extension import native_kernels as _native
 from tramontane.kernels.fused import linear_cross_entropy
+from tramontane.kernels.fused.experts import run_experts
+from tramontane.kernels.native_elementwise import ACTIVATION, rms_norm, rotate, swiglu
 from tramontane.kernels.packing import PackedWeight
 from tramontane.kernels.reference import check_counts, store_paged
 
-try:
-    from tramontane.kernels import _native
-except ImportError:  # not built, which `is_available` says
-    _native = None  # type: ignore[assignment]
-
-# The kernels; `is_available`, `describe`, ... are for those who know that it is these.
+# The kernels; `describe` is for those who know that it is these.
 __all__ = [
     "causal_attention",
     "is_finite",
@@ -42,43 +36,12 @@ __all__ = [
     "rotate",
     "sample_tokens",
     "store_paged",
+    "swiglu",
     "top_k_router",
     "top_k_routing",
 ]
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1}  # Type of csrc/kernels.h
 _INFINITIES = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}  # bits
-_TORCH_LIBRARIES = ("libtorch_cpu.so", "libtorch_cpu.dylib")  # what OpenMP they link, we use
-
-
-def is_available() -> bool:
-    """Whether the extension has been built."""
-    return _native is not None
-
-
-def get_instruction_set() -> str:
-    """The one whose kernels run: avx512_bf16, avx512, avx2 or portable."""
-    return _native.get_name()
-
-
-def _set_up() -> None:
-    """Choose the instruction set and find torch's threads."""
-    if _native is None:
-        return
-    name = os.environ.get("TRAMONTANE_ISA", "")
-    if not _native.choose_kernels(name):
-        raise ConfigError(
-            f"TRAMONTANE_ISA is {name!r}; this processor runs {get_instruction_set()}, and there "
-            "are avx512_bf16, avx512, avx2 and portable"
-        )
-    folder = Path(torch.__file__).parent / "lib"
-    if not any(_native.use_openmp(str(folder / name)) for name in _TORCH_LIBRARIES):
-        logging.getLogger(__name__).warning(
-            "native kernels run on one thread: torch has no OpenMP that they can share"
-        )
-
-
-_set_up()
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -110,6 +73,8 @@ def moe_experts(
     )
     firsts = (w1[:1], w2[:1], w3[:1])  # the matrices of a stack may lie apart
     if not (fits and _is_routing(weights, experts) and _runs_natively(x, *firsts)):
+        if is_plain(x):
+            return run_experts(x, weights, experts, w1, w2, w3, ACTIVATION)
         return fused.moe_experts(x, weights, experts, w1, w2, w3)
     described = (describe(w1), describe(w2), describe(w3))
     return _run_experts(x, weights, experts, described, num_experts=num_experts)
@@ -156,38 +121,6 @@ def top_k_router(
         weights.data_ptr(), experts.data_ptr(), logits.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return weights, experts, logits
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See `reference.rms_norm`."""
-    fits = weight.shape == x.shape[-1:] and weight.dtype == x.dtype
-    if not (fits and _runs_natively(x, weight)):
-        return fused.rms_norm(x, weight, eps)
-    out, dim = torch.empty_like(x), x.shape[-1]
-    _native.norm(
-        x.data_ptr(), TYPES[x.dtype], weight.data_ptr(), TYPES[weight.dtype],
-        x.numel() // max(1, dim), dim, eps, out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return out
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """See `reference.rotate`."""
-    num_tokens, num_heads, head_dim = x.shape
-    fits = (
-        cos.shape == sin.shape == (num_tokens, head_dim // 2)
-        and head_dim % 2 == 0
-        and cos.dtype == sin.dtype == torch.float32
-        and x.stride()[1:] == (head_dim, 1)
-    )
-    if not (fits and _runs_natively(x[:1], cos, sin)):
-        return fused.rotate(x, cos, sin)
-    out = x.new_empty(x.shape)
-    _native.rotate(
-        x.data_ptr(), TYPES[x.dtype], num_tokens, num_heads, head_dim, x.stride(0),
-        cos.data_ptr(), sin.data_ptr(), out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return out
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None) -> Tensor:
@@ -301,13 +234,7 @@ def is_finite(x: Tensor) -> bool:
 
 
 def _runs_natively(*tensors: Tensor) -> bool:
-    """Whether these are contiguous bf16 or fp32 in the CPU's memory, and no gradient is wanted."""
-    for tensor in tensors:
-        if tensor.dtype not in TYPES or not tensor.is_cpu or not tensor.is_contiguous():
-            return False
-        if tensor.requires_grad and torch.is_grad_enabled():
-            return False
-    return True
+    return is_plain(*tensors) and not wants_gradient(*tensors)
 
 
 def _is_routing(weights: Tensor, experts: Tensor) -> bool:

@@ -11,7 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tramontane.kernels.native import TYPES, _native, describe
+from tramontane.kernels.extension import TYPES
+from tramontane.kernels.extension import native_kernels as _native
+from tramontane.kernels.native import describe
 from tramontane.kernels.packing import PackedWeight
 
 Weight = Tensor | PackedWeight

@@ -182,6 +182,11 @@ def check_experts(experts: Tensor, num_experts: int) -> None:
         )
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up of equal shapes (arXiv:2002.05202)."""
+    return F.silu(gate) * up
+
+
 def moe_experts(
     x: Tensor, weights: Tensor, experts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
 ) -> Tensor:

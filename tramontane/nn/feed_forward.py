@@ -1,9 +1,9 @@
 """The dense SwiGLU feed-forward network of Mistral (arXiv:2002.05202)."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tramontane.config import ModelConfig
+from tramontane.kernels.dispatch import get_kernels
 from tramontane.nn.linear import Linear
 
 
@@ -18,4 +18,4 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """x (T, D) -> (T, D), and no routing."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x)), None
+        return self.w2(get_kernels().swiglu(self.w1(x), self.w3(x))), None

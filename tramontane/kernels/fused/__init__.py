@@ -19,6 +19,7 @@ from tramontane.kernels.reference import (
     quantized_linear,
     sample_tokens,
     store_paged,
+    swiglu,  # torch differentiates it well
     top_k_router,
     top_k_routing,  # short already
 )
@@ -37,6 +38,7 @@ __all__ = [
     "rotate",
     "sample_tokens",
     "store_paged",
+    "swiglu",
     "top_k_router",
     "top_k_routing",
 ]

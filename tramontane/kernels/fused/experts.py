@@ -3,6 +3,7 @@
 Shapes as in `reference.py`; N rows: T * K token copies sorted by expert, and some padding.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +16,49 @@ from tramontane.kernels.reference import NO_EXPERT, check_experts
 MIN_PADDED_ROWS = 64  # experts with fewer rows are not padded
 
 
+class Activation(NamedTuple):
+    """SwiGLU of some rows, and its gradient.
+
+    apply(gate, up) -> hidden; differentiate(gate, up, gradient of hidden) -> hidden once more, and
+    the gradients of gate and up. The gradient that was given may be overwritten.
+    """
+
+    apply: Callable[[Tensor, Tensor], Tensor]
+    differentiate: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def _activate(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
+
+
+def _differentiate(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    activated = F.silu(gate)
+    hidden = activated * up
+    grad_up = activated.mul_(grad)
+    return hidden, torch.ops.aten.silu_backward(grad.mul_(up), gate), grad_up
+
+
+ACTIVATION = Activation(_activate, _differentiate)  # in torch
+
+
 def moe_experts(
     x: Tensor, weights: Tensor, experts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
 ) -> Tensor:
     """See `reference.moe_experts`."""
-    return _MoeExperts.apply(x, weights, experts, w1, w2, w3)
+    return run_experts(x, weights, experts, w1, w2, w3, ACTIVATION)
+
+
+def run_experts(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    activation: Activation,
+) -> Tensor:
+    """The same with another implementation of what is between the products."""
+    return _MoeExperts.apply(x, weights, experts, w1, w2, w3, activation)
 
 
 class _ExpertRows(NamedTuple):
@@ -78,7 +117,14 @@ class _MoeExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Tensor, experts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        experts: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        w3: Tensor,
+        activation: Activation,
     ) -> Tensor:
         layout = _sort_by_expert(experts, num_experts=w1.shape[0])
         rows = x.index_select(0, layout.slot_of_row // experts.shape[1])  # (N, D)
@@ -87,11 +133,11 @@ class _MoeExperts(torch.autograd.Function):
         for e, span in layout.spans:
             torch.mm(rows[span], w1[e].t(), out=gate[span])
             torch.mm(rows[span], w3[e].t(), out=up[span])
-            torch.mm(F.silu(gate[span]).mul_(up[span]), w2[e].t(), out=out[span])
+            torch.mm(activation.apply(gate[span], up[span]), w2[e].t(), out=out[span])
         out[layout.skipped] = -0.0  # what leaves every sum as it is, to the bit
         slots = out.index_select(0, layout.row_of_slot).unflatten(0, experts.shape)  # (T, K, D)
         if any(ctx.needs_input_grad):
-            ctx.layout = layout
+            ctx.layout, ctx.activation = layout, activation
             ctx.save_for_backward(rows, gate, up, out, weights, w1, w2, w3)
         return _sum_slots(slots, weights).to(x.dtype)
 
@@ -107,11 +153,11 @@ class _MoeExperts(torch.autograd.Function):
         grad_rows = torch.empty_like(rows)
         grad_w1, grad_w2, grad_w3 = (torch.zeros_like(w) for w in (w1, w2, w3))
         for e, span in layout.spans:
-            activated = F.silu(gate[span])
             grad_hidden = torch.mm(grad_out[span], w2[e])  # (n, F)
-            torch.mm(grad_out[span].t(), activated * up[span], out=grad_w2[e])
-            grad_up = activated.mul_(grad_hidden)
-            grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(up[span]), gate[span])
+            hidden, grad_gate, grad_up = ctx.activation.differentiate(
+                gate[span], up[span], grad_hidden
+            )
+            torch.mm(grad_out[span].t(), hidden, out=grad_w2[e])
             torch.mm(grad_gate.t(), rows[span], out=grad_w1[e])
             torch.mm(grad_up.t(), rows[span], out=grad_w3[e])
             torch.mm(grad_gate, w1[e], out=grad_rows[span])
@@ -119,7 +165,8 @@ class _MoeExperts(torch.autograd.Function):
         grad_rows[layout.skipped] = 0
         grad_weights = grad_row_weights.index_select(0, layout.row_of_slot).view_as(weights)
         grad_slots = grad_rows.index_select(0, layout.row_of_slot).unflatten(0, weights.shape)
-        return _sum_slots(grad_slots).to(grad.dtype), grad_weights, None, grad_w1, grad_w2, grad_w3
+        grad_x = _sum_slots(grad_slots).to(grad.dtype)
+        return grad_x, grad_weights, None, grad_w1, grad_w2, grad_w3, None
 
 
 def _sum_slots(slots: Tensor, weights: Tensor | None = None) -> Tensor:
