@@ -109,8 +109,8 @@ void run_swiglu(uintptr_t gate, uintptr_t up, int type, int64_t count, uintptr_t
                 int num_threads) {
   const Type common = to_type(type);
   Context context{scratch, num_threads};
-  kernels->swiglu(
-      {{at<const void>(gate), common}, {at<const void>(up), common}, count, at<void>(out)}, context);
+  const Values both[] = {{at<const void>(gate), common}, {at<const void>(up), common}};
+  kernels->swiglu({both[0], both[1], count, at<void>(out)}, context);
 }
 
 void run_swiglu_grad(uintptr_t gate, uintptr_t up, uintptr_t grad, int type, int64_t count,

@@ -1,4 +1,4 @@
-// What training runs between its products: SwiGLU, and what the gradients of it and of RMSNorm need.
+// What training runs between products: SwiGLU, and what the gradients of it and of RMSNorm need.
 // Number by number or row by row, in fp32.
 #pragma once
 
