@@ -159,6 +159,7 @@ int64_t Decoder::run(const KernelTable& kernels, Batch batch, DecoderResults res
     for (int64_t& keys : num_keys) ++keys;
     results.experts += static_cast<int64_t>(layers_.size()) * batch.num_tokens * batch.num_slots;
     results.best += batch.num_rows;
+    if (batch.draws.numbers != nullptr) batch.draws.numbers += batch.num_rows;
     results.is_finite += batch.num_rows;
   }
 }
@@ -357,6 +358,12 @@ void Decoder::run_head(const KernelTable& kernels, Context& context, const Batch
                 results.best,
                 results.is_finite},
                context);
+  const Draws& draws = batch.draws;
+  if (draws.temperature != nullptr)
+    kernels.sample({results.logits, batch.num_rows, shape_.num_choices, output_.num_rows,
+                    draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.numbers,
+                    results.best},
+                   context);
   watch.count(kHead);
 }
 

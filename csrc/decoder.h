@@ -45,6 +45,14 @@ void check_sequences(const SequenceTable& table, int64_t num_tokens, int64_t blo
 
 void add_sequences(const SequenceTable& table, const Cache& cache, std::vector<Sequence>& to);
 
+// How the next token of each row is drawn (SampleArguments); null settings: it is the best one.
+struct Draws {
+  const float* temperature;  // (R,), as those that follow
+  const int64_t* top_k;
+  const float *top_p, *min_p;
+  const double* numbers;  // (S, R), for each step
+};
+
 // What one call runs: the tokens (T,) of the sequences, one sequence after another.
 struct Batch {
   const int64_t* tokens;
@@ -57,10 +65,12 @@ struct Batch {
   int64_t num_rows;
   const int64_t* counts;  // (T,) experts of each token, 1 .. num_slots; null: num_slots
   int64_t num_slots;
+  Draws draws;
 };
 
 // Where results go: hidden (T, D) after the last norm; of the routers (L, T, K), (L, T, K) and
-// (L, T, E); of the head scores (R, V), and of each row what `HeadArguments` says.
+// (L, T, E); of the head scores (R, V), and of each row what `HeadArguments` says, or instead of the
+// best token the one that was drawn.
 struct DecoderResults {
   void* hidden;
   float* slot_weights;
@@ -72,7 +82,7 @@ struct DecoderResults {
 };
 
 // How far one call may go: `most` steps, none of which begins after so many seconds, nor after one
-// whose best token is among `ends` (num_ends,). For more than one step each sequence has to bring
+// whose next token is among `ends` (num_ends,). For more than one step each sequence has to bring
 // one token, whose scores are wanted.
 struct Steps {
   int64_t most;
@@ -100,7 +110,7 @@ class Decoder {
 
   void add_layer(const DecoderLayer& layer) { layers_.push_back(layer); }
 
-  // One call at a time. Runs the batch, and then the best token of each sequence, again and again
+  // One call at a time. Runs the batch, and then the next token of each sequence, again and again
   // until `steps` or scores that are not finite end it; returns the number of steps. Experts,
   // `best` and `is_finite` are (S, ...) of S steps, of all else the last step's remain. Throws
   // std::bad_alloc, std::out_of_range on an id that is none, and std::invalid_argument on numbers

@@ -243,10 +243,11 @@ int64_t run_decoder(Decoder& decoder, uintptr_t tokens, int64_t num_tokens, uint
                     int64_t num_sequences, uintptr_t num_queries, uintptr_t num_keys,
                     uintptr_t block_tables, int64_t max_blocks, uintptr_t cos, uintptr_t sin,
                     int64_t num_positions, uintptr_t rows, int64_t num_rows, uintptr_t counts,
-                    int64_t num_slots, uintptr_t hidden, uintptr_t slot_weights, uintptr_t experts,
-                    uintptr_t router_logits, uintptr_t logits, uintptr_t best, uintptr_t is_finite,
-                    int64_t num_steps, double seconds, uintptr_t ends, int64_t num_ends,
-                    int num_threads) {
+                    int64_t num_slots, uintptr_t temperature, uintptr_t top_k, uintptr_t top_p,
+                    uintptr_t min_p, uintptr_t numbers, uintptr_t hidden, uintptr_t slot_weights,
+                    uintptr_t experts, uintptr_t router_logits, uintptr_t logits, uintptr_t best,
+                    uintptr_t is_finite, int64_t num_steps, double seconds, uintptr_t ends,
+                    int64_t num_ends, int num_threads) {
   const Batch batch{at<const int64_t>(tokens),
                     num_tokens,
                     {at<char>(keys), values_offset, layer_offset, to_type(cache_type), block_size},
@@ -258,7 +259,9 @@ int64_t run_decoder(Decoder& decoder, uintptr_t tokens, int64_t num_tokens, uint
                     at<const int64_t>(rows),
                     num_rows,
                     at<const int64_t>(counts),
-                    num_slots};
+                    num_slots,
+                    {at<const float>(temperature), at<const int64_t>(top_k), at<const float>(top_p),
+                     at<const float>(min_p), at<const double>(numbers)}};
   return decoder.run(
       *kernels, batch,
       {at<void>(hidden), at<float>(slot_weights), at<int64_t>(experts), at<float>(router_logits),

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -118,6 +119,36 @@ def test_an_end_in_the_middle(model, at):
         assert several.sequences[0].finish_reason == "stop"
 
 
+DRAWN = [
+    {"temperature": 0.8}, {"temperature": 1.5, "top_k": 7}, {"temperature": 1.0, "top_p": 0.9},
+    {"temperature": 2.0, "min_p": 0.1}, {"temperature": 1e-9}, {"temperature": 0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_drawn_tokens(model, count):
+    """Each by its own numbers, beside others that are drawn otherwise or take the best."""
+    for ends in ({}, {"ignore_eos": True}, {"stop": (" ",)}, {"min_tokens": 5}):
+        asked = [greedy(**DRAWN[i], **ends, seed=i) for i in range(count)]
+        one, several = assert_equal(model, asked)
+        assert several.num_calls < one.num_calls
+
+
+def test_numbers_that_were_looked_at_are_drawn_later(model):
+    """Steps end in between, and go on one by one: the same random numbers come in their order."""
+    params = greedy(temperature=1.2, seed=3, ignore_eos=True)
+    [expected] = Run(model, [params], 1).finish()
+    run = Run(model, [params], 8)
+    run.step()
+    run.step()
+    run.engine.limits = replace(run.engine.limits, max_num_steps=1)
+    for _ in range(3):
+        run.step()
+    run.engine.limits = replace(run.engine.limits, max_num_steps=5)
+    [found] = run.finish()
+    assert found.token_ids == expected.token_ids
+
+
 def test_a_model_that_ends_by_itself(model):
     [free] = Run(model, [greedy(ignore_eos=True)], 1).finish()
     runs = [
@@ -145,7 +176,7 @@ def test_experts_are_counted_to_the_end_of_each_answer(model):
 
 
 @pytest.mark.parametrize("changes", [
-    {"temperature": 0.8, "seed": 1}, {"logprobs": 1}, {"repetition_penalty": 1.3},
+    {"logprobs": 1}, {"repetition_penalty": 1.3},
     {"logit_bias": {5: 3.0}}, {"allowed_token_ids": tuple(range(60))}, {"min_tokens": 30},
 ], ids=str)  # fmt: skip
 def test_whatever_more_is_asked_for_comes_step_by_step(model, changes):
@@ -215,7 +246,8 @@ def test_random_schedules_equal_one_at_a_time(model, seed):
     rng = random.Random(seed)
     [free] = Run(model, [greedy(ignore_eos=True)], 1).finish()
     kinds = [{}, {"stop": (free.text[4:6],)}, {"stop_token_ids": free.token_ids[7:9]},
-             {"experts_per_token": 3}, {"ignore_eos": True}]  # fmt: skip
+             {"experts_per_token": 3}, {"ignore_eos": True},
+             {"temperature": 1.1, "seed": seed}]  # fmt: skip
     asked = [greedy(max_tokens=rng.randint(1, 40), **rng.choice(kinds)) for _ in range(16)]
     alone = [Run(model, [params], 1).finish()[0] for params in asked]
     engine = make_engine(

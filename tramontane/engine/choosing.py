@@ -36,6 +36,10 @@ def choose_tokens(turns: Items[Turn], output: PassOutput, *, step: int = 0) -> l
         sequence, row = turn
         if not is_finite[row]:
             choices.append(Choice(sequence, error=_describe_damage()))
+        elif output.is_drawn:
+            if not sequence.params.is_greedy:
+                sequence.sampler.draw_number()  # the one that it was drawn by
+            choices.append(_conclude(turn, best[row], output))
         elif sequence.params.is_greedy and sequence.sampler.is_plain:
             choices.append(_conclude(turn, best[row], output))
         else:

@@ -39,14 +39,15 @@ class PassInput(NamedTuple):
 class PassOutput(NamedTuple):
     """What one call gives of its S steps; logits, hidden states and weights are of the last one.
 
-    Of each row: logits (R, V) fp32, and of each step the id of the best score, and whether all are
-    finite. Of each token: the final hidden state (T, D), and of a sparse model experts
-    (S, L, T, K) and weights (L, T, K).
+    Of each row: logits (R, V) fp32, and of each step the id of the best score, or of the token that
+    was drawn (`is_drawn`), and whether all are finite. Of each token: the final hidden state (T, D),
+    and of a sparse model experts (S, L, T, K) and weights (L, T, K).
     """
 
     logits: Tensor
     best: list[list[int]]
     is_finite: list[list[bool]]
+    is_drawn: bool
     hidden: Tensor
     experts: Tensor | None
     weights: Tensor | None
@@ -135,6 +136,7 @@ class ModelRunner:
             logits,
             [logits.argmax(dim=1).tolist()],
             [torch.isfinite(high - low).tolist()],
+            False,
             output.hidden,
             experts,
             weights,
@@ -154,6 +156,7 @@ class ModelRunner:
             logits,
             found.best.tolist(),
             found.is_finite.tolist(),
+            steps.draws is not None,
             found.hidden,
             found.experts,
             found.weights,

@@ -5,9 +5,10 @@ penalty, ends of text that come too early. The draw is `kernels.sample_tokens`.
 """
 
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from tramontane.engine.sampling_params import SamplingParams
 from tramontane.errors import RequestError
 from tramontane.kernels.dispatch import get_kernels
+from tramontane.kernels.native_decoder import Draws
 
 NEVER = float("-inf")
 
@@ -100,6 +102,7 @@ class Sampler:
         )
         self._params = params
         self._random = random.Random(None if params.seed is None else params.seed + index)
+        self._ahead: deque[float] = deque()  # random numbers that were looked at
         self._matcher = matcher
         self._num_tokens = 0  # of the answer so far
         ends = {i for i in eos_ids if i < vocab_size} | {*params.stop_token_ids}
@@ -159,7 +162,15 @@ class Sampler:
 
     def draw_number(self) -> float:
         """The next random number, from 0 up to but not 1."""
-        return self._random.random()
+        return self._ahead.popleft() if self._ahead else self._random.random()
+
+    def foresee_numbers(self, count: int) -> list[float]:
+        """What `draw_number` will give the next times; 0 where nothing is drawn."""
+        if self.settings.is_greedy:
+            return [0.0] * count
+        while len(self._ahead) < count:
+            self._ahead.append(self._random.random())
+        return list(islice(self._ahead, count))
 
     def accept(self, token_id: int) -> None:
         """Note the token that was chosen. Raises RequestError if the constraint has failed."""
@@ -210,6 +221,16 @@ def sample_rows(
     drawn = torch.tensor(numbers, dtype=torch.float64, device=logits.device)
     stacked = _stack_settings(settings, logits.device)
     return get_kernels().sample_tokens(logits, *stacked, drawn).tolist()
+
+
+def plan_draws(samplers: Sequence[Sampler], num_steps: int) -> Draws | None:
+    """How the next tokens of rows on the CPU are drawn, for so many steps; None: all are greedy."""
+    settings = tuple([sampler.settings for sampler in samplers])
+    if all(row.is_greedy for row in settings):
+        return None
+    columns = [sampler.foresee_numbers(num_steps) for sampler in samplers]
+    numbers = torch.tensor(columns, dtype=torch.float64).t().contiguous()
+    return Draws(*_stack_settings(settings, torch.device("cpu")), numbers)
 
 
 @lru_cache(maxsize=16)  # those of a batch stay the same until an answer ends or begins

@@ -26,9 +26,10 @@ class Decoder:
         self, tokens: int, num_tokens: int, keys: int, values_offset: int, layer_offset: int,
         cache_type: int, block_size: int, num_sequences: int, num_queries: int, num_keys: int,
         block_tables: int, max_blocks: int, cos: int, sin: int, num_positions: int, rows: int,
-        num_rows: int, counts: int, num_slots: int, hidden: int, slot_weights: int, experts: int,
-        router_logits: int, logits: int, best: int, is_finite: int, num_steps: int, seconds: float,
-        ends: int, num_ends: int, num_threads: int, /,
+        num_rows: int, counts: int, num_slots: int, temperature: int, top_k: int, top_p: int,
+        min_p: int, numbers: int, hidden: int, slot_weights: int, experts: int, router_logits: int,
+        logits: int, best: int, is_finite: int, num_steps: int, seconds: float, ends: int,
+        num_ends: int, num_threads: int, /,
     ) -> int: ...  # fmt: skip
     def list_seconds(self) -> dict[str, float]: ...
 

@@ -63,16 +63,30 @@ class CachePool(NamedTuple):
         return CachePool(pool.data_ptr(), kind, layer, TYPES[pool.dtype], pool.shape[4])
 
 
-class Steps(NamedTuple):
-    """How far one run may go on by itself, each sequence with the best token of the step before.
+class Draws(NamedTuple):
+    """How the next token of each of R rows is drawn, see `reference.sample_tokens`.
 
-    At most `most` steps; none begins after so many `seconds`, nor after one in which a best token
-    is among `ends` int64 (N,), or scores are not finite.
+    temperature, top_p and min_p fp32 (R,), top_k int64 (R,); numbers fp64 (S, R) for S steps.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    numbers: Tensor
+
+
+class Steps(NamedTuple):
+    """How far one run may go on by itself, each sequence with the next token of the step before.
+
+    At most `most` steps; none begins after so many `seconds`, nor after one in which a next token
+    is among `ends` int64 (N,), or scores are not finite. It is the best token, or what `draws` say.
     """
 
     most: int
     seconds: float
     ends: Tensor
+    draws: Draws | None = None
 
 
 ONE_STEP = Steps(1, 0.0, torch.empty(0, dtype=torch.int64))
@@ -89,7 +103,8 @@ class DecoderResults(NamedTuple):
     experts: Tensor  # (S, L, T, K) int64
     router_logits: Tensor  # (L, T, E) fp32
     logits: Tensor  # (R, V) fp32
-    best: Tensor  # (S, R) int64, the largest of the first `num_choices`: the lowest id of equals
+    best: Tensor  # (S, R) int64, the largest of the first `num_choices`, the lowest id of equals;
+    #               or the one that was drawn
     is_finite: Tensor  # (S, R) bool, whether the first `num_choices` are
 
 
@@ -178,6 +193,7 @@ class NativeDecoder:
             torch.empty((most, num_rows), dtype=torch.int64),
             torch.empty((most, num_rows), dtype=torch.bool),
         )
+        drawn = (0,) * 5 if steps.draws is None else _locate_draws(steps.draws, most, num_rows)
         hidden, weights, experts, router_logits, logits, best, is_finite = (
             result.data_ptr() for result in results
         )
@@ -185,7 +201,7 @@ class NativeDecoder:
             tokens.data_ptr(), num_tokens, *pool, num_sequences, num_queries.data_ptr(),
             num_keys.data_ptr(), block_tables.data_ptr(), block_tables.shape[1], cos.data_ptr(),
             sin.data_ptr(), cos.shape[0], 0 if rows is None else rows.data_ptr(), num_rows,
-            0 if counts is None else counts.data_ptr(), num_slots,
+            0 if counts is None else counts.data_ptr(), num_slots, *drawn,
             hidden, weights, experts, router_logits, logits, best, is_finite,
             most, steps.seconds, steps.ends.data_ptr(), steps.ends.shape[0],
             torch.get_num_threads(),
@@ -195,6 +211,17 @@ class NativeDecoder:
     def list_seconds(self) -> dict[str, float]:
         """Seconds that all runs have spent in each part of the model."""
         return self._decoder.list_seconds()
+
+
+def _locate_draws(draws: Draws, num_steps: int, num_rows: int) -> tuple[int, ...]:
+    *settings, numbers = draws
+    dtypes = [torch.float32, torch.int64, torch.float32, torch.float32]
+    assert [s.dtype for s in settings] == dtypes, settings
+    assert all(s.shape == (num_rows,) and s.is_contiguous() for s in settings), settings
+    assert numbers.shape == (num_steps, num_rows), numbers.shape
+    assert numbers.dtype == torch.float64, numbers.dtype
+    assert numbers.is_contiguous(), numbers.stride()
+    return tuple([part.data_ptr() for part in draws])
 
 
 def _cut(results: DecoderResults, num_steps: int) -> DecoderResults:
