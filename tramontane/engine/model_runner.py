@@ -40,7 +40,7 @@ class PassOutput(NamedTuple):
     """What one call gives of its S steps; logits, hidden states and weights are of the last one.
 
     Of each row: logits (R, V) fp32, and of each step the id of the best score, or of the token that
-    was drawn (`is_drawn`), and whether all are finite. Of each token: the final hidden state (T, D),
+    was drawn (`is_drawn`), and whether all are finite. Of each token: final hidden states (T, D),
     and of a sparse model experts (S, L, T, K) and weights (L, T, K).
     """
 

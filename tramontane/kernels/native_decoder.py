@@ -193,7 +193,7 @@ class NativeDecoder:
             torch.empty((most, num_rows), dtype=torch.int64),
             torch.empty((most, num_rows), dtype=torch.bool),
         )
-        drawn = (0,) * 5 if steps.draws is None else _locate_draws(steps.draws, most, num_rows)
+        drawn = _locate_draws(steps.draws, most, num_rows)
         hidden, weights, experts, router_logits, logits, best, is_finite = (
             result.data_ptr() for result in results
         )
@@ -213,7 +213,11 @@ class NativeDecoder:
         return self._decoder.list_seconds()
 
 
-def _locate_draws(draws: Draws, num_steps: int, num_rows: int) -> tuple[int, ...]:
+def _locate_draws(
+    draws: Draws | None, num_steps: int, num_rows: int
+) -> tuple[int, int, int, int, int]:
+    if draws is None:
+        return 0, 0, 0, 0, 0
     *settings, numbers = draws
     dtypes = [torch.float32, torch.int64, torch.float32, torch.float32]
     assert [s.dtype for s in settings] == dtypes, settings
@@ -221,7 +225,8 @@ def _locate_draws(draws: Draws, num_steps: int, num_rows: int) -> tuple[int, ...
     assert numbers.shape == (num_steps, num_rows), numbers.shape
     assert numbers.dtype == torch.float64, numbers.dtype
     assert numbers.is_contiguous(), numbers.stride()
-    return tuple([part.data_ptr() for part in draws])
+    temperature, top_k, top_p, min_p = (setting.data_ptr() for setting in settings)
+    return temperature, top_k, top_p, min_p, numbers.data_ptr()
 
 
 def _cut(results: DecoderResults, num_steps: int) -> DecoderResults:
