@@ -62,7 +62,7 @@ class SwigluGradTask final : public Task {
       widen(a_.grad.data, type, at, count, grad);
       for (int64_t i = 0; i < count; i += kLanes) {
         const Vec g = load(gate + i), u = load(up + i), d = load(grad + i);
-        const Vec share = sigmoid(g), active = silu(g);
+        const Vec share = sigmoid(g), active = mul(max(splat(-88.0f), g), share);  // see `silu`
         store(gate + i, mul(active, u));
         store(up + i, mul(active, d));
         store(grad + i, mul(mul(d, u), fma(active, sub(one, share), share)));

@@ -59,6 +59,7 @@ class Generation:
         self._news: asyncio.Queue[list[Update] | Exception] = asyncio.Queue()
         self._num_open = sum(request.params.n for request in requests)
         self._token_times: dict[int, float] = {}  # of each answer's last token
+        self._last_news = time.perf_counter()
 
     async def __aenter__(self) -> Self:
         engine = self._state.engine
@@ -93,15 +94,13 @@ class Generation:
 
         Raises ApiError if an answer fails or the engine is lost, and ClientLeft.
         """
+        if heartbeat is not None:
+            self._tasks.append(asyncio.create_task(self._beat(heartbeat)))
         while self._num_open:  # once all answers have ended, no other news matters
-            try:
-                async with asyncio.timeout(heartbeat):
-                    news = await self._news.get()
-            except TimeoutError:
-                yield HEARTBEAT
-                continue
+            news = await self._news.get()
             if isinstance(news, Exception):
                 raise news
+            self._last_news = time.perf_counter()
             for update in news:
                 self._note(update)
             yield news
@@ -128,6 +127,15 @@ class Generation:
                 raise EngineError("the engine left an answer unfinished")
         except Exception as error:  # any failure of the engine is the request's, and ends it
             self._news.put_nowait(map_error(error))
+
+    async def _beat(self, seconds: float) -> None:
+        """One timer for a stream, not one for each token."""
+        while True:
+            silence = time.perf_counter() - self._last_news
+            if silence >= seconds:
+                self._news.put_nowait(HEARTBEAT)
+                self._last_news, silence = time.perf_counter(), 0.0
+            await asyncio.sleep(seconds - silence)
 
     async def _watch_client(self) -> None:
         """Streaming or not, an answer that nobody waits for is not computed."""

@@ -5,11 +5,12 @@ from typing import Any
 
 from fastapi.responses import Response
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
 
 def dump_json(value: Any) -> bytes:
     """Compact UTF-8. A lone surrogate, which a request's text may hold, becomes its escape."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode("utf-8", errors="backslashreplace")
+    return _ENCODER.encode(value).encode("utf-8", errors="backslashreplace")
 
 
 class JsonResponse(Response):
