@@ -78,7 +78,8 @@ def test_a_caller_who_leaves_frees_everything(folder, moment):
     """E14: in the queue, in the prompt, while decoding."""
 
     async def run():
-        async with serve(folder, max_num_seqs=4, max_num_batched_tokens=16) as (llm, engine):
+        limits = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "max_num_steps": 1}
+        async with serve(folder, **limits) as (llm, engine):
             params = SamplingParams(n=2, seed=1, max_tokens=100, ignore_eos=True)
             streams = [engine.submit(llm.build_request("word " * 20, params)) for _ in range(6)]
             for stream in streams:

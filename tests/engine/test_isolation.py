@@ -150,7 +150,7 @@ def test_siblings_go_on_without_the_one_that_left(model, num_steps, victim):
     reference.add(expected[0])
     while reference.num_unfinished:
         reference.step()
-    engine = make_engine(model, max_num_batched_tokens=16, max_num_seqs=4)
+    engine = make_engine(model, max_num_batched_tokens=16, max_num_seqs=4, max_num_steps=1)
     sequences = make_sequences(prompt, params)
     engine.add(sequences[0])
     for _ in range(num_steps):
