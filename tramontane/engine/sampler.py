@@ -7,7 +7,7 @@ penalty, ends of text that come too early. The draw is `kernels.sample_tokens`.
 import random
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 from typing import NamedTuple, Protocol
 
@@ -101,7 +101,7 @@ class Sampler:
             params.temperature, params.top_k, params.top_p, params.min_p, params.is_greedy
         )
         self._params = params
-        self._random = random.Random(None if params.seed is None else params.seed + index)
+        self._seed = None if params.seed is None else params.seed + index
         self._ahead: deque[float] = deque()  # random numbers that were looked at
         self._matcher = matcher
         self._num_tokens = 0  # of the answer so far
@@ -163,6 +163,11 @@ class Sampler:
     def draw_number(self) -> float:
         """The next random number, from 0 up to but not 1."""
         return self._ahead.popleft() if self._ahead else self._random.random()
+
+    @cached_property
+    def _random(self) -> random.Random:
+        """Made when it is needed: to begin without a seed takes a third of a millisecond."""
+        return random.Random(self._seed)
 
     def foresee_numbers(self, count: int) -> list[float]:
         """What `draw_number` will give the next times; 0 where nothing is drawn."""
