@@ -1,54 +1,51 @@
 #!/usr/bin/env bash
 # Trains the bundled model, and a dense model equal in active parameters on the same tokens, scores
-# both on held-out text, and lays the first into tramontane/assets/ with its card.
+# both on held-out text, and lays the first into tramontane/assets/ with its card. Each goes through
+# the stages of recipes/pretrain/, each stage on from the model of the one before.
 #
 #   recipes/pretrain.sh            hours on two cores; run it again to go on after an interruption
 #   recipes/pretrain.sh --smoke    the same line at toy size, in under two minutes; assets stay
 #
-# DATA=../shared/data/pretrain   RUNS=runs   STEPS=12000   BIN=.venv/bin
-#
-# INIT_FROM=tramontane/assets goes on from a model instead of random weights, for STEPS more, with
-# other documents first (SEED=2). The dense model then sees as many tokens as both stages together.
+# DATA=../shared/data/pretrain   RUNS=runs   BIN=.venv/bin
 set -euo pipefail
 cd "$(dirname "$0")/.."
-DATA=${DATA:-../shared/data/pretrain} RUNS=${RUNS:-runs} STEPS=${STEPS:-12000} BIN=${BIN:-.venv/bin}
-INIT_FROM=${INIT_FROM:-} SEED=${SEED:-1}
+DATA=${DATA:-../shared/data/pretrain} RUNS=${RUNS:-runs} BIN=${BIN:-.venv/bin}
 MOE=tramontane-23m DENSE=tramontane-9m-dense
+stages=(recipes/pretrain/stage*.toml)
 
 fail() { echo "pretrain.sh: $*" >&2; exit 1; }
 [ -x "$BIN/tramontane" ] || fail "$BIN/tramontane is missing; run make test once, or set BIN"
 [ -d "$DATA" ] || fail "$DATA is missing; set DATA to the folder of the .jsonl.gz files"
 
 if [ "${1:-}" = --smoke ]; then
-    RUNS=$(mktemp -d) STEPS=20
+    RUNS=$(mktemp -d)
     trap 'rm -rf "$RUNS"' EXIT
     flags=(--source "tinystories=tinystories.jsonl.gz" --seq-len 128 --batch-size 4 --warmup-steps 5
-           --vocab-size 1024 --dtype float32 --eval-every 10 --save-every 10 --sample-every 0)
+           --vocab-size 1024 --dtype float32 --steps 10 --eval-every 10 --save-every 10
+           --sample-every 0)
     scored=(tinystories=tinystories.jsonl.gz) max_tokens=4000
 elif [ $# -eq 0 ]; then
     flags=()
-    mapfile -t scored < <(sed -n 's/^  "\([a-z_]*=[^:]*\):.*/\1/p' recipes/pretrain.toml)
+    mapfile -t scored < <(sed -n 's/^  "\([a-z_]*=[^:]*\):.*/\1/p' "${stages[0]}")
     max_tokens=100000
 else
     fail "unknown argument $1; there is --smoke"
 fi
 
-# train NAME PRESET STEPS [FLAG ...]: start, or go on where it was interrupted
+# train PRESET [FLAG ...]: all stages, each begun or taken up where it was interrupted; the flags are
+# the first one's. The last run is RUNS/PRESET.
 train() {
-    local out=$RUNS/$1 resume=()
-    [ -d "$out/model" ] && return
-    compgen -G "$out/checkpoints/step-*" > /dev/null && resume=(--resume)
-    "$BIN/tramontane" train recipes/pretrain.toml --data-dir "$DATA" --model "$2" --out "$out" \
-        --steps "$3" "${flags[@]}" "${resume[@]}" "${@:4}"
-}
-
-# How many steps see as many tokens as the stages of the model in NAME together.
-count_steps() {
-    "$BIN/python" - "$RUNS/$1/model/training.json" << 'END'
-import json, sys
-stages = json.load(open(sys.argv[1]))["stages"]
-print(-(-sum(stage["tokens"] for stage in stages) // stages[-1]["tokens_per_step"]))
-END
+    local preset=$1 from=("${@:2}") out stage resume
+    for stage in "${stages[@]}"; do
+        out=$RUNS/$preset-$(basename "$stage" .toml) resume=()
+        [ "$stage" = "${stages[-1]}" ] && out=$RUNS/$preset
+        if [ ! -d "$out/model" ]; then
+            compgen -G "$out/checkpoints/step-*" > /dev/null && resume=(--resume)
+            "$BIN/tramontane" train "$stage" --data-dir "$DATA" --model "$preset" --out "$out" \
+                --tokens-dir "$RUNS/tokens" "${from[@]}" "${flags[@]}" "${resume[@]}"
+        fi
+        from=(--init-from "$out/model")
+    done
 }
 
 score() {
@@ -56,8 +53,8 @@ score() {
         --max-tokens "$max_tokens" --json > "$RUNS/$1/scores.json"
 }
 
-train "$MOE" "$MOE" "$STEPS" --seed "$SEED" ${INIT_FROM:+--init-from "$INIT_FROM"}
-train "$DENSE" "$DENSE" "$(count_steps "$MOE")" --tokenizer "$RUNS/$MOE/tokenizer"
+train "$MOE"
+train "$DENSE" --tokenizer "$RUNS/$MOE/model"
 score "$MOE"
 score "$DENSE"
 "$BIN/python" recipes/write_card.py "$RUNS/$MOE" "$RUNS/$DENSE" > "$RUNS/$MOE/model/README.md"

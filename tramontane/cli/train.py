@@ -51,7 +51,7 @@ def train(
     Parameters
     ----------
     config
-        TOML file, such as recipes/pretrain.toml; it can hold more than the flags.
+        TOML file, such as recipes/pretrain/stage1.toml; it can hold more than the flags.
     source
         Text files as [DOMAIN=]PATH[:WEIGHT]: .jsonl, .txt, .jsonl.gz or .txt.gz. Weights are shares
         of the tokens. Records whose "split" is "valid" are held out.
