@@ -61,6 +61,19 @@ def assert_equal(ours: list[Completion], theirs: list[Completion], *, bits: bool
             assert one.prompt_logprobs == other.prompt_logprobs
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dense_model_has_the_same_bits_too(dtype, choose_kernels):
+    """E01: layer by layer, as the extension has no dense layers as one call."""
+    choose_kernels("native")
+    model = make_model(make_config(moe=None, hidden_dim=100)).to(dtype)
+    asked = [(PROMPTS[i], params) for i, params in enumerate([*PARAMS[:3], PARAMS[5]] * 2)]
+    quiet = make_engine(model, use_prefix_cache=False)
+    alone = [finish_all(quiet, make_sequence(*one))[0] for one in asked]
+    engine = make_engine(model, max_num_batched_tokens=23, max_num_seqs=8)
+    crowd = finish_all(engine, *(make_sequence(*one) for one in asked))
+    assert_equal(crowd, alone, bits=True)
+
+
 @pytest.mark.parametrize("budget", [32, 37, 512])
 @pytest.mark.parametrize("window", [None, 24])
 def test_a_crowd_of_32_answers_as_each_alone(budget, window, choose_kernels):

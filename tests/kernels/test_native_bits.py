@@ -44,6 +44,13 @@ def test_linear(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 37, 96])
+def test_swiglu(size: int, dtype: torch.dtype) -> None:
+    gate, up = draw(512, size).to(dtype), draw(512, size, seed=1).to(dtype)
+    assert_rows_stand_alone(lambda rows: native.swiglu(gate[rows], up[rows]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_that_are_summed_in_parts(dtype: torch.dtype) -> None:
     x, weight = draw(140, 2100).to(dtype), draw(30, 2100, seed=1).to(dtype)
     alone = torch.cat([native.linear(row[None], weight) for row in x])
@@ -111,7 +118,8 @@ def test_any_number_of_threads() -> None:
             native.quantized_linear(x, packed[0].select(0)),
             native.quantized_experts(x, weights, experts, *packed),
             native.rotate(x.view(600, 8, 32), angles.cos(), angles.sin()),
-            native.causal_attention(q, k, v), *native.top_k_router(x, x[:8], 2),
+            native.causal_attention(q, k, v), native.swiglu(x, x.flip(0)),
+            *native.top_k_router(x, x[:8], 2),
         ]  # fmt: skip
 
     actual = run()
