@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 
 from tests.bounds import measure_error, read_bounds
+from tests.kernels.drawing import draw
 from tramontane.kernels import fused, reference
 
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-def draw(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
 def run_with_gradients(

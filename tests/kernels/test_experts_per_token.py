@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from tests.bounds import measure_error, read_bounds
+from tests.kernels.drawing import draw, draw_weight
+from tests.kernels.instruction_sets import INSTRUCTION_SETS, use_instruction_set
 from tests.kernels.test_fused import choose_experts, draw_experts, run_with_gradients
-from tests.kernels.test_native import BEST, INSTRUCTION_SETS, draw, draw_weight
-from tramontane.kernels import extension, fused, native, reference
+from tramontane.kernels import fused, native, reference
 
 NUM_EXPERTS = 8
 COUNTS = torch.tensor([1, 2, 8, 3, 2, 1, 5, 8, 2, 1, 7])
@@ -22,10 +23,8 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     if request.param not in INSTRUCTION_SETS:
         yield {"reference": reference, "fused": fused}[request.param]
         return
-    assert extension.native_kernels.choose_kernels(request.param)
-    with torch.no_grad():
+    with use_instruction_set(request.param), torch.no_grad():
         yield native
-    extension.native_kernels.choose_kernels(BEST)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

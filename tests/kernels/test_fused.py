@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.gradients import DTYPES, assert_equal_kernels, draw, run_with_gradients
+from tests.kernels.drawing import draw
+from tests.kernels.gradients import DTYPES, assert_equal_kernels, run_with_gradients
 from tramontane.kernels import fused, reference
 
 

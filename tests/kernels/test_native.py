@@ -10,57 +10,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.bounds import measure_error, read_bounds
+from tests.kernels.drawing import draw, draw_routing, draw_weight
+from tests.kernels.instruction_sets import INSTRUCTION_SETS, use_instruction_set
 from tramontane.errors import ConfigError
-from tramontane.kernels import extension, fused, native, reference
-from tramontane.kernels.packing import PackedWeight, dequantize, pack
+from tramontane.kernels import fused, native, reference
+from tramontane.kernels.packing import dequantize
 
-if not extension.is_available():
-    pytest.skip("the native kernels have not been built", allow_module_level=True)
-
-BEST = extension.get_instruction_set()
-INSTRUCTION_SETS = [name for name in ("avx512_bf16", "avx512", "avx2", "portable")
-                    if extension.native_kernels.choose_kernels(name)]  # fmt: skip
-extension.native_kernels.choose_kernels(BEST)
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True, params=INSTRUCTION_SETS)
 def _instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
-    assert extension.native_kernels.choose_kernels(request.param)
-    yield
-    extension.native_kernels.choose_kernels(BEST)
+    with use_instruction_set(request.param):
+        yield
 
 
 @pytest.fixture(autouse=True)
 def _no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def draw_weight(
-    *shape: int, bits: int, group_size: int = 32, symmetric: bool = True, seed: int = 0
-) -> PackedWeight:
-    """Any q and zero points, the extremes among them."""
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.randint(0, 2**bits, shape, generator=generator, dtype=torch.uint8)
-    q[..., 0], q[..., -1] = 0, 2**bits - 1
-    groups = (*shape[:-1], shape[-1] // group_size)
-    scales = torch.rand(groups, generator=generator).half() * 0.1
-    zeros = None
-    if not symmetric:
-        zeros = torch.randint(0, 2**bits, groups, generator=generator, dtype=torch.uint8)
-    return pack(q, scales, zeros, bits=bits)
-
-
-def draw_routing(
-    num_tokens: int, num_experts: int, num_slots: int, seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    logits = draw(num_tokens, num_experts, seed=seed)
-    return reference.top_k_routing(logits, num_slots)
 
 
 def assert_close(name: str, actual: Tensor, expected: Tensor, scale: float | None = None) -> None:

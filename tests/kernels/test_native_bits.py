@@ -6,18 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.test_native import BEST, INSTRUCTION_SETS, draw, draw_routing, draw_weight
-from tramontane.kernels import extension, native
+from tests.kernels.drawing import draw, draw_routing, draw_weight
+from tests.kernels.instruction_sets import INSTRUCTION_SETS, use_instruction_set
+from tramontane.kernels import native
 
 BATCHES = [*range(1, 65), 512]  # two threads, where a batch is work enough for them
 
 
 @pytest.fixture(autouse=True, params=INSTRUCTION_SETS)
 def _instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
-    assert extension.native_kernels.choose_kernels(request.param)
-    with torch.no_grad():
+    with use_instruction_set(request.param), torch.no_grad():
         yield
-    extension.native_kernels.choose_kernels(BEST)
 
 
 @pytest.fixture(params=[1, 2, 3])

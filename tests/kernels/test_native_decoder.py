@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.test_native import BEST, INSTRUCTION_SETS
+from tests.kernels.instruction_sets import INSTRUCTION_SETS, use_instruction_set
 from tests.tiny import make_config, make_model, make_tokens
-from tramontane.kernels import extension
 from tramontane.kernels.native_decoder import (
     ONE_STEP,
     CachePool,
@@ -38,10 +37,8 @@ def _instruction_set(
     request: pytest.FixtureRequest, choose_kernels: Callable[[str], None]
 ) -> Iterator[None]:
     choose_kernels("native")
-    assert extension.native_kernels.choose_kernels(request.param)
-    with torch.inference_mode():
+    with use_instruction_set(request.param), torch.inference_mode():
         yield
-    extension.native_kernels.choose_kernels(BEST)
 
 
 def find_weight(module: torch.nn.Module) -> Weight:

@@ -6,23 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.gradients import DTYPES, assert_equal_kernels, draw, run_with_gradients
-from tramontane.kernels import extension, native
-
-if not extension.is_available():
-    pytest.skip("the native kernels have not been built", allow_module_level=True)
-
-BEST = extension.get_instruction_set()
-INSTRUCTION_SETS = [name for name in ("avx512_bf16", "avx512", "avx2", "portable")
-                    if extension.native_kernels.choose_kernels(name)]  # fmt: skip
-extension.native_kernels.choose_kernels(BEST)
+from tests.kernels.drawing import draw
+from tests.kernels.gradients import DTYPES, assert_equal_kernels, run_with_gradients
+from tests.kernels.instruction_sets import INSTRUCTION_SETS, use_instruction_set
+from tramontane.kernels import native
 
 
 @pytest.fixture(autouse=True, params=INSTRUCTION_SETS)
 def _instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
-    assert extension.native_kernels.choose_kernels(request.param)
-    yield
-    extension.native_kernels.choose_kernels(BEST)
+    with use_instruction_set(request.param):
+        yield
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.bounds import measure_error, read_bounds
-from tests.kernels.test_native import BEST, INSTRUCTION_SETS, draw
-from tramontane.kernels import extension, fused, native, reference
+from tests.kernels.drawing import draw
+from tests.kernels.instruction_sets import INSTRUCTION_SETS, use_instruction_set
+from tramontane.kernels import fused, native, reference
 
 NOWHERE = 2**40  # a block that would crash whoever reads it
 
@@ -22,10 +23,8 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     if request.param not in INSTRUCTION_SETS:
         yield {"reference": reference, "fused": fused}[request.param]
         return
-    assert extension.native_kernels.choose_kernels(request.param)
-    with torch.no_grad():
+    with use_instruction_set(request.param), torch.no_grad():
         yield native
-    extension.native_kernels.choose_kernels(BEST)
 
 
 class Case(NamedTuple):

@@ -17,8 +17,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from tests.kernels.test_native import BEST, INSTRUCTION_SETS
-from tramontane.kernels import extension, fused, native, reference
+from tests.kernels.instruction_sets import INSTRUCTION_SETS, use_instruction_set
+from tramontane.kernels import fused, native, reference
 from tramontane.kernels.sampling import filter_logits, keep_min_p, keep_top_k, keep_top_p
 
 VOCAB = 97
@@ -48,9 +48,8 @@ WAYS = [
 
 @pytest.fixture(params=INSTRUCTION_SETS)
 def _instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
-    assert extension.native_kernels.choose_kernels(request.param)
-    yield
-    extension.native_kernels.choose_kernels(BEST)
+    with use_instruction_set(request.param):
+        yield
 
 
 def draw_logits(num_rows: int, vocab_size: int, *, seed: int = 0, scale: float = 3.0) -> Tensor:
