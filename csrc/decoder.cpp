@@ -67,7 +67,8 @@ bool has_one_row_each(const Batch& batch) {
 bool may_end(const Batch& batch, const DecoderResults& results, const Steps& steps) {
   const int64_t* const last = steps.ends + steps.num_ends;
   for (int64_t r = 0; r < batch.num_rows; ++r)
-    if (!results.is_finite[r] || std::find(steps.ends, last, results.best[r]) != last) return true;
+    if (!results.is_finite[r] || std::find(steps.ends, last, results.next_tokens[r]) != last)
+      return true;
   return false;
 }
 
@@ -155,10 +156,10 @@ int64_t Decoder::run(const KernelTable& kernels, Batch batch, DecoderResults res
     run_step(kernels, batch, results, num_threads);
     if (done >= steps.most || read_clock() > deadline || may_end(batch, results, steps))
       return done;
-    batch.tokens = results.best;
+    batch.tokens = results.next_tokens;
     for (int64_t& keys : num_keys) ++keys;
     results.experts += static_cast<int64_t>(layers_.size()) * batch.num_tokens * batch.num_slots;
-    results.best += batch.num_rows;
+    results.next_tokens += batch.num_rows;
     if (batch.draws.numbers != nullptr) batch.draws.numbers += batch.num_rows;
     results.is_finite += batch.num_rows;
   }
@@ -355,14 +356,14 @@ void Decoder::run_head(const KernelTable& kernels, Context& context, const Batch
                 output_.num_rows,
                 shape_.num_choices,
                 results.logits,
-                results.best,
+                results.next_tokens,
                 results.is_finite},
                context);
   const Draws& draws = batch.draws;
   if (draws.temperature != nullptr)
     kernels.sample({results.logits, batch.num_rows, shape_.num_choices, output_.num_rows,
                     draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.numbers,
-                    results.best},
+                    results.next_tokens},
                    context);
   watch.count(kHead);
 }

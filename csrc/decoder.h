@@ -69,15 +69,15 @@ struct Batch {
 };
 
 // Where results go: hidden (T, D) after the last norm; of the routers (L, T, K), (L, T, K) and
-// (L, T, E); of the head scores (R, V), and of each row what `HeadArguments` says, or instead of the
-// best token the one that was drawn.
+// (L, T, E); of the head scores (R, V), and of each row the best token, or the one that was drawn,
+// and whether its scores are finite (HeadArguments).
 struct DecoderResults {
   void* hidden;
   float* slot_weights;
   int64_t* experts;
   float* router_logits;
   float* logits;
-  int64_t* best;
+  int64_t* next_tokens;
   uint8_t* is_finite;
 };
 
@@ -112,9 +112,9 @@ class Decoder {
 
   // One call at a time. Runs the batch, and then the next token of each sequence, again and again
   // until `steps` or scores that are not finite end it; returns the number of steps. Experts,
-  // `best` and `is_finite` are (S, ...) of S steps, of all else the last step's remain. Throws
-  // std::bad_alloc, std::out_of_range on an id that is none, and std::invalid_argument on numbers
-  // that do not fit together.
+  // `next_tokens` and `is_finite` are (S, ...) of S steps, of all else the last step's remain.
+  // Throws std::bad_alloc, std::out_of_range on an id that is none, and std::invalid_argument on
+  // numbers that do not fit together.
   int64_t run(const KernelTable& kernels, Batch batch, DecoderResults results, const Steps& steps,
               int num_threads);
 

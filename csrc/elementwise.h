@@ -10,6 +10,16 @@ static inline float round_to(float value, Type type) {
   return type == Type::kFloat ? value : bf16_to_float(float_to_bf16(value));
 }
 
+// 1 / sqrt(mean(x^2) + eps) of a row of `dim` numbers, with zeros up to `stride`.
+static inline float invert_rms(const float* row, int64_t dim, int64_t stride, float eps) {
+  Vec squares = zero();
+  for (int64_t i = 0; i < stride; i += kLanes) {
+    const Vec v = load(row + i);
+    squares = fma(v, v, squares);
+  }
+  return 1.0f / sqrtf(sum_lanes(squares) / static_cast<float>(dim) + eps);
+}
+
 class NormTask final : public Task {
  public:
   NormTask(const NormArguments& arguments, Scratch& scratch, int num_threads)
@@ -24,13 +34,7 @@ class NormTask final : public Task {
     for (int64_t t; (t = team.take(a_.num_tokens)) < a_.num_tokens;) {
       widen(a_.x.data, a_.x.type, t * a_.dim, a_.dim, row);
       for (int64_t i = a_.dim; i < stride_; ++i) row[i] = 0;
-      Vec squares = zero();
-      for (int64_t i = 0; i < stride_; i += kLanes) {
-        const Vec v = load(row + i);
-        squares = fma(v, v, squares);
-      }
-      const float mean = sum_lanes(squares) / static_cast<float>(a_.dim);
-      const float inverse = 1.0f / sqrtf(mean + a_.eps);
+      const float inverse = invert_rms(row, a_.dim, stride_, a_.eps);
       for (int64_t i = 0; i < a_.dim; ++i)
         row[i] = round_to(row[i] * inverse, a_.x.type) * memory_[i];
       narrow(row, a_.dim, a_.out, a_.x.type, t * a_.dim);

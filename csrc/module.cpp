@@ -245,9 +245,9 @@ int64_t run_decoder(Decoder& decoder, uintptr_t tokens, int64_t num_tokens, uint
                     int64_t num_positions, uintptr_t rows, int64_t num_rows, uintptr_t counts,
                     int64_t num_slots, uintptr_t temperature, uintptr_t top_k, uintptr_t top_p,
                     uintptr_t min_p, uintptr_t numbers, uintptr_t hidden, uintptr_t slot_weights,
-                    uintptr_t experts, uintptr_t router_logits, uintptr_t logits, uintptr_t best,
-                    uintptr_t is_finite, int64_t num_steps, double seconds, uintptr_t ends,
-                    int64_t num_ends, int num_threads) {
+                    uintptr_t experts, uintptr_t router_logits, uintptr_t logits,
+                    uintptr_t next_tokens, uintptr_t is_finite, int64_t num_steps, double seconds,
+                    uintptr_t ends, int64_t num_ends, int num_threads) {
   const Batch batch{at<const int64_t>(tokens),
                     num_tokens,
                     {at<char>(keys), values_offset, layer_offset, to_type(cache_type), block_size},
@@ -265,7 +265,7 @@ int64_t run_decoder(Decoder& decoder, uintptr_t tokens, int64_t num_tokens, uint
   return decoder.run(
       *kernels, batch,
       {at<void>(hidden), at<float>(slot_weights), at<int64_t>(experts), at<float>(router_logits),
-       at<float>(logits), at<int64_t>(best), at<uint8_t>(is_finite)},
+       at<float>(logits), at<int64_t>(next_tokens), at<uint8_t>(is_finite)},
       {num_steps, seconds, at<const int64_t>(ends), num_ends}, num_threads);
 }
 

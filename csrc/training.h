@@ -2,7 +2,7 @@
 // Number by number or row by row, in fp32.
 #pragma once
 
-#include "linear.h"
+#include "elementwise.h"
 
 namespace tramontane {
 namespace TRAMONTANE_ISA {
@@ -117,13 +117,7 @@ class NormGradTask final : public Task {
     widen(a_.x.data, a_.x.type, t * a_.dim, a_.dim, normed);
     widen(a_.grad.data, a_.x.type, t * a_.dim, a_.dim, grad);
     for (int64_t i = a_.dim; i < stride_; ++i) normed[i] = grad[i] = 0;
-    Vec squares = zero();
-    for (int64_t i = 0; i < stride_; i += kLanes) {
-      const Vec v = load(normed + i);
-      squares = fma(v, v, squares);
-    }
-    const float mean_square = sum_lanes(squares) / static_cast<float>(a_.dim);
-    const float inverse = 1.0f / sqrtf(mean_square + a_.eps);
+    const float inverse = invert_rms(normed, a_.dim, stride_, a_.eps);
     Vec dots = zero();
     for (int64_t i = 0; i < stride_; i += kLanes) {
       const Vec n = mul(load(normed + i), splat(inverse)), d = load(grad + i);

@@ -44,7 +44,7 @@ def assert_same_bits(model: Transformer) -> None:
         for output, expected in run_both(model):
             assert torch.equal(output.hidden, expected.hidden)
             assert torch.equal(output.logits, model.compute_logits(expected.hidden))
-            assert torch.equal(output.best[0], output.logits.argmax(1))
+            assert torch.equal(output.next_tokens[0], output.logits.argmax(1))
             ours = zip(output.weights, output.experts[0], output.router_logits, strict=True)
             for routing, theirs in zip(ours, expected.routing, strict=True):
                 assert all(torch.equal(a, b) for a, b in zip(routing, theirs[:3], strict=True))

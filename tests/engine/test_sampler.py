@@ -285,15 +285,22 @@ def test_e30_a_row_does_not_depend_on_the_rows_beside_it() -> None:
     assert {r: run([r])[r] for r in everyone} == together
 
 
-def test_plain_greedy_rows_are_the_best_known_already() -> None:
+def test_greedy_rows_take_the_best_alone_and_beside_others() -> None:
     logits = torch.stack([make_logits(0), make_logits(1)])
     samplers = [make_sampler(temperature=0), make_sampler(temperature=0)]
     assert sample_rows(logits, samplers) == logits.argmax(dim=1).tolist()
-    assert sample_rows(logits, samplers, best=[5, 6]) == [5, 6]
-    samplers[1] = make_sampler(temperature=0, repetition_penalty=2.0)
-    assert sample_rows(logits, samplers, best=[5, 6]) == logits.argmax(dim=1).tolist()
     samplers[1] = make_sampler(temperature=1.0)
-    assert sample_rows(logits, samplers, best=[5, 6])[0] == logits[0].argmax()
+    assert sample_rows(logits, samplers)[0] == logits[0].argmax()
+
+
+def test_numbers_that_were_foreseen_are_drawn_in_their_order() -> None:
+    plain, foreseen = make_sampler(seed=4), make_sampler(seed=4)
+    expected = [plain.draw_number() for _ in range(6)]
+    assert foreseen.foresee_numbers(2) == expected[:2]
+    assert foreseen.draw_number() == expected[0]
+    assert foreseen.foresee_numbers(3) == expected[1:4]
+    assert [foreseen.draw_number() for _ in range(5)] == expected[1:]
+    assert make_sampler(temperature=0).foresee_numbers(2) == [0.0, 0.0]
 
 
 def test_nan_scores_still_give_an_id() -> None:

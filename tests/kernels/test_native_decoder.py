@@ -8,11 +8,13 @@ from torch import Tensor
 
 from tests.kernels.instruction_sets import INSTRUCTION_SETS, use_instruction_set
 from tests.tiny import make_config, make_model, make_tokens
+from tramontane.kernels import native
 from tramontane.kernels.native_decoder import (
     ONE_STEP,
     CachePool,
     DecoderResults,
     DecoderSizes,
+    Draws,
     LayerWeights,
     NativeDecoder,
     Steps,
@@ -206,7 +208,7 @@ def test_head_of_the_rows_that_are_wanted(
     chosen = results.hidden if wanted is None else results.hidden[wanted]
     expected = model.compute_logits(chosen)
     assert torch.equal(results.logits, expected)
-    assert torch.equal(results.best[0], expected[:, :NUM_CHOICES].argmax(-1))
+    assert torch.equal(results.next_tokens[0], expected[:, :NUM_CHOICES].argmax(-1))
     assert results.is_finite.all()
     assert (results.is_finite.dtype, results.is_finite.shape) == (torch.bool, (1, len(chosen)))
 
@@ -216,8 +218,8 @@ def test_of_equal_scores_the_lowest_id_is_best() -> None:
     order = torch.randperm(NUM_CHOICES, generator=torch.Generator().manual_seed(0))
     model.output.weight.copy_(model.output.weight[order[:10]].repeat(70, 1))
     results = Paged(model, 1).run([make_tokens(30)])
-    assert torch.equal(results.best[0], results.logits[:, :10].argmax(-1))
-    assert len(results.best.unique()) > 1
+    assert torch.equal(results.next_tokens[0], results.logits[:, :10].argmax(-1))
+    assert len(results.next_tokens.unique()) > 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -234,7 +236,7 @@ def test_scores_that_are_not_finite(column: int, value: float) -> None:
     assert torch.equal(results.is_finite[0], choices.isfinite().all(-1))
     assert results.is_finite.all() == (column == NUM_CHOICES)
     best = choices.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
-    assert torch.equal(results.best[0], best.argmax(-1))
+    assert torch.equal(results.next_tokens[0], best.argmax(-1))
 
 
 def test_a_row_of_nan_has_some_best_and_disturbs_no_other() -> None:
@@ -246,8 +248,8 @@ def test_a_row_of_nan_has_some_best_and_disturbs_no_other() -> None:
     results = Paged(model, 2).run([make_tokens(5), bad])
     assert results.is_finite[0].tolist() == [True] * 5 + [False] * 4
     assert torch.equal(results.logits[:5], expected.logits[:5])
-    assert torch.equal(results.best[:, :5], expected.best[:, :5])
-    assert ((results.best >= 0) & (results.best < NUM_CHOICES)).all()
+    assert torch.equal(results.next_tokens[:, :5], expected.next_tokens[:, :5])
+    assert ((results.next_tokens >= 0) & (results.next_tokens < NUM_CHOICES)).all()
 
 
 def make_steps(most: int, *, ends: Sequence[int] = (), seconds: float = 1e9) -> Steps:
@@ -259,7 +261,7 @@ def begin(model: Transformer) -> tuple[Paged, list[Tensor]]:
     paged = Paged(model, 3)
     prompts = [make_tokens(length, seed=length) for length in (9, 30, 16)]
     rows = torch.tensor([8, 38, 54])
-    return paged, list(paged.run(prompts, rows=rows).best[0].split(1))
+    return paged, list(paged.run(prompts, rows=rows).next_tokens[0].split(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -271,12 +273,12 @@ def test_several_steps_are_as_many_calls(
     model = make_model(make_config(sliding_window=window)).to(dtype)
     (one, tokens), (all_at_once, _) = begin(model), begin(model)
     found = all_at_once.run(tokens, counts=counts, steps=make_steps(7))
-    assert len(found.best) == len(found.is_finite) == len(found.experts) == 7
+    assert len(found.next_tokens) == len(found.is_finite) == len(found.experts) == 7
     assert found.is_finite.all()
     for step in range(7):
         expected = one.run(tokens, counts=counts)
-        tokens = list(expected.best[0].split(1))
-        assert torch.equal(found.best[step], expected.best[0])
+        tokens = list(expected.next_tokens[0].split(1))
+        assert torch.equal(found.next_tokens[step], expected.next_tokens[0])
         assert torch.equal(found.experts[step], expected.experts[0])
     for name in ("hidden", "weights", "router_logits", "logits"):
         assert torch.equal(getattr(found, name), getattr(expected, name))
@@ -287,37 +289,56 @@ def test_several_steps_are_as_many_calls(
         assert torch.equal(ours, theirs)
 
 
+def test_drawn_tokens_are_those_of_the_kernel_that_draws() -> None:
+    """Of the first columns of wider scores; a row at temperature 0 takes the best."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.rand((5, 3), dtype=torch.float64, generator=generator)
+    draws = Draws(
+        torch.tensor([0.0, 0.8, 1.5]), torch.tensor([0, 20, 0]), torch.tensor([1.0, 1.0, 0.9]),
+        torch.tensor([0.0, 0.0, 0.05]), numbers,
+    )  # fmt: skip
+    model = make_model()
+    (one, tokens), (all_at_once, _) = begin(model), begin(model)
+    steps = make_steps(5)._replace(draws=draws)
+    found = all_at_once.run(tokens, steps=steps).next_tokens
+    for step in range(5):
+        scores = one.run(tokens).logits[:, :NUM_CHOICES]
+        expected = native.sample_tokens(scores, *draws[:4], draws.numbers[step])
+        assert torch.equal(found[step], expected)
+        tokens = list(expected.split(1))
+
+
 def test_steps_end_after_a_token_that_ends_a_sequence() -> None:
     model = make_model()
     paged, tokens = begin(model)
-    best = paged.run(tokens, steps=make_steps(7)).best.tolist()
+    best = paged.run(tokens, steps=make_steps(7)).next_tokens.tolist()
     for sequence in range(3):
         for step in range(7):
             end = best[step][sequence]
             first = next(i for i, row in enumerate(best) if end in row)
             paged, tokens = begin(model)
             found = paged.run(tokens, steps=make_steps(7, ends=[999, end]))
-            assert found.best.tolist() == best[: first + 1]
+            assert found.next_tokens.tolist() == best[: first + 1]
             assert len(found.experts) == len(found.is_finite) == first + 1
 
 
 def test_steps_end_when_their_time_is_over() -> None:
     paged, tokens = begin(make_model())
-    assert len(paged.run(tokens, steps=make_steps(7, seconds=0.0)).best) == 1
+    assert len(paged.run(tokens, steps=make_steps(7, seconds=0.0)).next_tokens) == 1
 
 
 def test_steps_end_with_scores_that_are_not_finite() -> None:
     """A token that is chosen for the first time after a few steps has a broken embedding."""
     model = make_model()
     paged, tokens = begin(model)
-    best = paged.run(tokens, steps=make_steps(7)).best.tolist()
+    best = paged.run(tokens, steps=make_steps(7)).next_tokens.tolist()
     seen = {int(token) for token in tokens}.union(*best[:2])
     step, token = next((s, t) for s, row in enumerate(best) for t in row if t not in seen)
     assert 2 <= step < 6
     paged, tokens = begin(model)
     model.tok_embeddings.weight[token] = float("nan")
     found = paged.run(tokens, steps=make_steps(7))
-    assert found.best[: step + 1].tolist() == best[: step + 1]
+    assert found.next_tokens[: step + 1].tolist() == best[: step + 1]
     assert found.is_finite.all(-1).tolist() == [True] * (step + 1) + [False]
 
 

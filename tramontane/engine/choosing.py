@@ -30,7 +30,7 @@ class Choice(NamedTuple):
 
 def choose_tokens(turns: Items[Turn], output: PassOutput, *, step: int = 0) -> list[Choice]:
     """A choice for each turn, in any order; no turn depends on another."""
-    best, is_finite = output.best[step], output.is_finite[step]
+    next_tokens, is_finite = output.next_tokens[step], output.is_finite[step]
     choices, others = [], []
     for turn in turns:
         sequence, row = turn
@@ -39,9 +39,9 @@ def choose_tokens(turns: Items[Turn], output: PassOutput, *, step: int = 0) -> l
         elif output.is_drawn:
             if not sequence.params.is_greedy:
                 sequence.sampler.draw_number()  # the one that it was drawn by
-            choices.append(_conclude(turn, best[row], output))
+            choices.append(_conclude(turn, next_tokens[row], output))
         elif sequence.params.is_greedy and sequence.sampler.is_plain:
-            choices.append(_conclude(turn, best[row], output))
+            choices.append(_conclude(turn, next_tokens[row], output))
         else:
             others.append(turn)
     if others:

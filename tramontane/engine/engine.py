@@ -155,8 +155,9 @@ class Engine:
             ]
 
     def _plan_steps(self, shares: list[Share]) -> Steps:
-        """One if somebody waits, or drafts are to be proposed after each."""
-        if self._scheduler.num_waiting or self.limits.max_num_drafts:
+        """One if somebody waits, drafts are to be proposed after each, or no call runs several."""
+        is_stepwise = self.limits.max_num_drafts or not self._runner.runs_natively
+        if is_stepwise or self._scheduler.num_waiting:
             return ONE_STEP
         return plan_steps(shares, self._blocks, most=self.limits.max_num_steps)
 

@@ -45,7 +45,7 @@ class PassOutput(NamedTuple):
     """
 
     logits: Tensor
-    best: list[list[int]]
+    next_tokens: list[list[int]]
     is_finite: list[list[bool]]
     is_drawn: bool
     hidden: Tensor
@@ -61,6 +61,11 @@ class ModelRunner:
         self._native = build_native_model(model, num_choices=vocab_size)
         self._device = model.tok_embeddings.weight.device
         self._steady: _SteadyBatch | None = None
+
+    @property
+    def runs_natively(self) -> bool:
+        """Whether the model is one native call, which can run several steps."""
+        return self._native is not None
 
     def list_seconds(self) -> dict[str, float]:
         """Seconds so far in each part of the model; empty unless it runs as one native call."""
@@ -154,7 +159,7 @@ class ModelRunner:
             logits = logits[:, : self._vocab_size]
         return PassOutput(
             logits,
-            found.best.tolist(),
+            found.next_tokens.tolist(),
             found.is_finite.tolist(),
             steps.draws is not None,
             found.hidden,

@@ -69,7 +69,7 @@ class OutputProcessor:
         """All of it, step after step; returns the sequences that something has happened to."""
         self._keep_experts(output)
         touched: list[Sequence] = []
-        for step in range(len(output.best)):
+        for step in range(len(output.next_tokens)):
             parts = _list_parts(shares, given)
             if not parts:
                 break
@@ -116,7 +116,7 @@ class OutputProcessor:
             self._try_drafts(part, output, routing)
         for sequence in touched:
             self._settle(sequence)
-        if output.experts is not None and step + 1 < len(output.best):
+        if output.experts is not None and step + 1 < len(output.next_tokens):
             for part in parts:
                 if part.sequence.is_finished:  # what ran after its end counts as never chosen
                     output.experts[step + 1 :, :, part.start] = -1

@@ -209,18 +209,13 @@ class Sampler:
                 setattr(self, name, part.to(device))
 
 
-def sample_rows(
-    logits: Tensor, samplers: Sequence[Sampler], *, best: Sequence[int] | None = None
-) -> list[int]:
+def sample_rows(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     """The next token of each row of scores fp32 (R, V), edited before where a sampler wants it.
 
-    No row's token depends on the rows beside it. `best` are the ids of the best scores, if they are
-    known; they count where no row was edited.
+    No row's token depends on the rows beside it.
     """
     settings = tuple([sampler.settings for sampler in samplers])
     if all(row.is_greedy for row in settings):
-        if best is not None and all(sampler.is_plain for sampler in samplers):
-            return list(best)
         return logits.argmax(dim=-1).tolist()
     numbers = [0.0 if s.settings.is_greedy else s.draw_number() for s in samplers]
     drawn = torch.tensor(numbers, dtype=torch.float64, device=logits.device)

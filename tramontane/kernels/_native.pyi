@@ -28,8 +28,8 @@ class Decoder:
         block_tables: int, max_blocks: int, cos: int, sin: int, num_positions: int, rows: int,
         num_rows: int, counts: int, num_slots: int, temperature: int, top_k: int, top_p: int,
         min_p: int, numbers: int, hidden: int, slot_weights: int, experts: int, router_logits: int,
-        logits: int, best: int, is_finite: int, num_steps: int, seconds: float, ends: int,
-        num_ends: int, num_threads: int, /,
+        logits: int, next_tokens: int, is_finite: int, num_steps: int, seconds: float,
+        ends: int, num_ends: int, num_threads: int, /,
     ) -> int: ...  # fmt: skip
     def list_seconds(self) -> dict[str, float]: ...
 

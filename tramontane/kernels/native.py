@@ -16,7 +16,7 @@ from tramontane.kernels import fused
 from tramontane.kernels.extension import TYPES, is_plain, wants_gradient
 from tramontane.kernels.extension import native_kernels as _native
 from tramontane.kernels.fused import linear_cross_entropy
-from tramontane.kernels.fused.experts import run_experts
+from tramontane.kernels.fused.experts import MoeExperts
 from tramontane.kernels.native_elementwise import ACTIVATION, rms_norm, rotate, swiglu
 from tramontane.kernels.packing import PackedWeight
 from tramontane.kernels.reference import check_counts, store_paged
@@ -74,7 +74,7 @@ def moe_experts(
     firsts = (w1[:1], w2[:1], w3[:1])  # the matrices of a stack may lie apart
     if not (fits and _is_routing(weights, experts) and _runs_natively(x, *firsts)):
         if is_plain(x):
-            return run_experts(x, weights, experts, w1, w2, w3, ACTIVATION)
+            return MoeExperts.apply(x, weights, experts, w1, w2, w3, ACTIVATION)
         return fused.moe_experts(x, weights, experts, w1, w2, w3)
     described = (describe(w1), describe(w2), describe(w3))
     return _run_experts(x, weights, experts, described, num_experts=num_experts)

@@ -80,7 +80,8 @@ class Steps(NamedTuple):
     """How far one run may go on by itself, each sequence with the next token of the step before.
 
     At most `most` steps; none begins after so many `seconds`, nor after one in which a next token
-    is among `ends` int64 (N,), or scores are not finite. It is the best token, or what `draws` say.
+    is among `ends` int64 (N,), or scores are not finite. It is the best token, of equals the lowest
+    id, or what `draws` say.
     """
 
     most: int
@@ -103,8 +104,7 @@ class DecoderResults(NamedTuple):
     experts: Tensor  # (S, L, T, K) int64
     router_logits: Tensor  # (L, T, E) fp32
     logits: Tensor  # (R, V) fp32
-    best: Tensor  # (S, R) int64, the largest of the first `num_choices`, the lowest id of equals;
-    #               or the one that was drawn
+    next_tokens: Tensor  # (S, R) int64, of the first `num_choices` the best, or what was drawn
     is_finite: Tensor  # (S, R) bool, whether the first `num_choices` are
 
 
@@ -194,7 +194,7 @@ class NativeDecoder:
             torch.empty((most, num_rows), dtype=torch.bool),
         )
         drawn = _locate_draws(steps.draws, most, num_rows)
-        hidden, weights, experts, router_logits, logits, best, is_finite = (
+        hidden, weights, experts, router_logits, logits, next_tokens, is_finite = (
             result.data_ptr() for result in results
         )
         num_steps = self._decoder.run(
@@ -202,7 +202,7 @@ class NativeDecoder:
             num_keys.data_ptr(), block_tables.data_ptr(), block_tables.shape[1], cos.data_ptr(),
             sin.data_ptr(), cos.shape[0], 0 if rows is None else rows.data_ptr(), num_rows,
             0 if counts is None else counts.data_ptr(), num_slots, *drawn,
-            hidden, weights, experts, router_logits, logits, best, is_finite,
+            hidden, weights, experts, router_logits, logits, next_tokens, is_finite,
             most, steps.seconds, steps.ends.data_ptr(), steps.ends.shape[0],
             torch.get_num_threads(),
         )  # fmt: skip
@@ -233,7 +233,7 @@ def _cut(results: DecoderResults, num_steps: int) -> DecoderResults:
     """The results of the steps that have run, where more had their place."""
     return results._replace(
         experts=results.experts[:num_steps],
-        best=results.best[:num_steps],
+        next_tokens=results.next_tokens[:num_steps],
         is_finite=results.is_finite[:num_steps],
     )
 

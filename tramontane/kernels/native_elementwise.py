@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from tramontane.kernels import fused
 from tramontane.kernels.extension import TYPES, is_plain, wants_gradient
 from tramontane.kernels.extension import native_kernels as _native
+from tramontane.kernels.fused.elementwise import Rotate
 from tramontane.kernels.fused.experts import Activation
 
 
@@ -37,7 +38,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if not (fits and is_plain(x[:1], cos, sin) and not wants_gradient(cos, sin)):
         return fused.rotate(x, cos, sin)
     if wants_gradient(x):
-        return _Rotate.apply(x, cos, sin)
+        return Rotate.apply(x, cos, sin, _turn)
     return _turn(x, cos, sin)
 
 
@@ -61,6 +62,8 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     num_tokens, num_heads, head_dim = x.shape
+    if x.stride()[1:] != (head_dim, 1):  # tokens may lie apart, as queries beside keys do
+        x = x.contiguous()
     out = x.new_empty(x.shape)
     _native.rotate(
         x.data_ptr(), TYPES[x.dtype], num_tokens, num_heads, head_dim, x.stride(0),
@@ -110,19 +113,6 @@ class _RMSNorm(torch.autograd.Function):
             torch.get_num_threads(),
         )  # fmt: skip
         return grad_x, grad_weight, None
-
-
-class _Rotate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turn(grad.contiguous(), cos, -sin), None, None  # the turn back
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -64,11 +64,6 @@ class UpcycleOptions:
                     f"{name} is {value}, no multiple of virtual_groups, {self.virtual_groups}: a "
                     "token has to take all shards of a network, or the start is another function"
                 )
-        if self.layers != "all" and self.virtual_groups > 1:
-            raise ConfigError(
-                f"layers is {self.layers!r} and virtual_groups is {self.virtual_groups}: dense "
-                "layers would need networks of another size than the shards; leave one of them out"
-            )
 
 
 def list_layers(text: str, n_layers: int) -> list[int]:
@@ -113,6 +108,11 @@ def plan_upcycled(dense: ModelConfig, options: UpcycleOptions) -> ModelConfig:
             f"{options.virtual_groups}"
         )
     chosen = list_layers(options.layers, dense.n_layers)
+    if len(chosen) < dense.n_layers and options.virtual_groups > 1:
+        raise ConfigError(
+            f"layers is {options.layers!r} and virtual_groups is {options.virtual_groups}: dense "
+            "layers would need networks of another size than the shards; leave one of them out"
+        )
     counts = tuple(options.num_experts if n in chosen else 1 for n in range(dense.n_layers))
     moe = MoeConfig(
         num_experts=options.num_experts,

@@ -1,10 +1,13 @@
 """RMSNorm and RoPE with hand-written backward passes. Shapes as in `reference.py`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -14,7 +17,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """See `reference.rotate`."""
-    return _Rotate.apply(x, cos, sin)
+    return Rotate.apply(x, cos, sin, _turn)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -37,17 +40,22 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.to(grad.dtype), grad_weight, None
 
 
-class _Rotate(torch.autograd.Function):
+class Rotate(torch.autograd.Function):
+    """`turn(x, cos, sin)` is how the pairs are turned: here, or in C++."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> Tensor:
+        """See `reference.rotate`."""
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        ctx.turn = turn
+        return turn(x, cos, sin)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        """The inverse of a turn is the turn back."""
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None  # the inverse of a turn is the turn back
+        return ctx.turn(grad, cos, -sin), None, None, None
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

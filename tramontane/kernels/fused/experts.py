@@ -45,20 +45,7 @@ def moe_experts(
     x: Tensor, weights: Tensor, experts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
 ) -> Tensor:
     """See `reference.moe_experts`."""
-    return run_experts(x, weights, experts, w1, w2, w3, ACTIVATION)
-
-
-def run_experts(
-    x: Tensor,
-    weights: Tensor,
-    experts: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    w3: Tensor,
-    activation: Activation,
-) -> Tensor:
-    """The same with another implementation of what is between the products."""
-    return _MoeExperts.apply(x, weights, experts, w1, w2, w3, activation)
+    return MoeExperts.apply(x, weights, experts, w1, w2, w3, ACTIVATION)
 
 
 class _ExpertRows(NamedTuple):
@@ -112,8 +99,11 @@ def _round_up_rows(count: int) -> int:
     return -(-count // step) * step
 
 
-class _MoeExperts(torch.autograd.Function):
-    """Dropless experts: sort the token copies by expert, run each expert's rows as one product."""
+class MoeExperts(torch.autograd.Function):
+    """Dropless experts: sort the token copies by expert, run each expert's rows as one product.
+
+    `activation` is what stands between the products: here, or in C++.
+    """
 
     @staticmethod
     def forward(
@@ -126,6 +116,7 @@ class _MoeExperts(torch.autograd.Function):
         w3: Tensor,
         activation: Activation,
     ) -> Tensor:
+        """See `reference.moe_experts`."""
         layout = _sort_by_expert(experts, num_experts=w1.shape[0])
         rows = x.index_select(0, layout.slot_of_row // experts.shape[1])  # (N, D)
         gate = x.new_empty(len(rows), w1.shape[1])  # (N, F)
@@ -144,6 +135,7 @@ class _MoeExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """From the gradient of y to those of all but `experts`."""
         rows, gate, up, out, weights, w1, w2, w3 = ctx.saved_tensors
         layout: _ExpertRows = ctx.layout
         row_weights = weights.flatten()[layout.slot_of_row][:, None] * layout.is_real  # (N, 1)
