@@ -65,9 +65,11 @@ def describe_stage(stage: dict[str, Any]) -> str:
     if "upcycled" in stage:
         return f"upcycled to {stage['upcycled']['num_experts']} experts"
     optimizer = stage["optimizer"]
+    dropout = f", dropout {stage['dropout']:g}" if stage.get("dropout") else ""
     return (
         f"{stage['steps']:,} steps of {stage['tokens_per_step']:,} tokens with "
         f"{optimizer['kind']} at {optimizer['lr']:g} ({optimizer['schedule']}) in {stage['dtype']}"
+        f"{dropout}"
     )
 
 

@@ -147,9 +147,10 @@ def test_mfu_and_memory_are_reported(settings: dict[str, Any]) -> None:
         load_pretrain_config(None, settings | {"peak_tflops": -1.0})
 
 
-def test_resumed_in_bf16_equals_the_unbroken_run(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_resumed_in_bf16_equals_the_unbroken_run(settings: dict[str, Any], dropout: float) -> None:
     """T01: through the files, with bf16 computation and fp32 masters."""
-    settings["dtype"] = "bfloat16"
+    settings |= {"dtype": "bfloat16", "dropout": dropout}
     whole = pretrain(load_pretrain_config(None, settings), Recorder())
     out = Path(settings["out"])
     out.rename(out.with_name("whole"))
@@ -322,6 +323,8 @@ def test_bits_per_byte_by_hand() -> None:
 def test_settings_are_checked() -> None:
     with pytest.raises(ConfigError, match="seq_len"):
         PretrainConfig(out="o", sources=("a.txt",), model=make_config(), seq_len=0)
+    with pytest.raises(ConfigError, match=r"dropout is 1.0; it must be at least 0 and below 1"):
+        PretrainConfig(out="o", sources=("a.txt",), model=make_config(), dropout=1.0)
 
 
 def test_an_unusable_device_is_named(settings: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ def train(
     schedule: Literal["cosine", "wsd"] | None = None,
     decay_ratio: float | None = None,
     load_balancing_coef: float | None = None,
+    dropout: float | None = None,
     dtype: Literal["auto", "bfloat16", "float32"] | None = None,
     device: str | None = None,
     seed: int | None = None,
@@ -87,6 +88,8 @@ def train(
         Share of the steps that wsd falls over.
     load_balancing_coef
         Weight of the loss that keeps experts evenly used.
+    dropout
+        Share of the values that are dropped in training; 0.1 for text that is seen many times.
     dtype
         Of the computation; master weights are always fp32. auto: bfloat16 where the processor has
         instructions for it.
@@ -125,7 +128,7 @@ def train(
         "sources": source, "data_dir": data_dir, "out": out, "init_from": init_from,
         "tokenizer": tokenizer, "vocab_size": vocab_size, "seq_len": seq_len,
         "batch_size": batch_size, "dtype": dtype, "device": device, "seed": seed,
-        "tokens_dir": tokens_dir, "peak_tflops": peak_tflops,
+        "dropout": dropout, "tokens_dir": tokens_dir, "peak_tflops": peak_tflops,
         "model": {"preset": model},
         "loop": {
             "num_steps": steps, "accumulation": accumulation, "eval_every": eval_every,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tramontane.config import ModelConfig
 from tramontane.nn.attention import Attention, AttentionState, PackedSequences
+from tramontane.nn.dropout import Dropout
 from tramontane.nn.feed_forward import FeedForward
 from tramontane.nn.linear import Linear
 from tramontane.nn.moe import build_moe_layer
@@ -40,15 +41,16 @@ class DecoderLayer(nn.Module):
             if config.moe is None
             else build_moe_layer(config, config.moe, layer=layer)
         )
+        self.attention_dropout, self.ffn_dropout = Dropout(layer, 1), Dropout(layer, 2)
 
     def forward(
         self, x: Tensor, rope: RopeAngles, state: AttentionState, counts: Tensor | None = None
     ) -> tuple[Tensor, Routing | None]:
         """x (T, D) -> (y (T, D), Routing or None); counts (T,) as in `nn.moe.MoeLayer`."""
-        x = x + self.attention(self.attention_norm(x), rope, state)
+        x = x + self.attention_dropout(self.attention(self.attention_norm(x), rope, state))
         h = self.ffn_norm(x)
         y, routing = self.feed_forward(h) if counts is None else self.feed_forward(h, counts)
-        return x + y, routing
+        return x + self.ffn_dropout(y), routing
 
 
 class Transformer(nn.Module):
@@ -59,6 +61,7 @@ class Transformer(nn.Module):
         self.config = config
         embeddings = nn.init.uniform_(torch.empty(config.vocab_size, config.dim), -1.0, 1.0)
         self.tok_embeddings = nn.Embedding.from_pretrained(embeddings, freeze=False)
+        self.embedding_dropout = Dropout(0, 0)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer=layer) for layer in range(config.n_layers)
         )
@@ -84,7 +87,7 @@ class Transformer(nn.Module):
         config = self.config
         assert experts_per_token is None or config.moe is not None, "a dense model has no experts"
         rope = compute_rope(positions, head_dim=config.head_dim, theta=config.rope_theta)
-        x = self.tok_embeddings(tokens)  # (T, D)
+        x = self.embedding_dropout(self.tok_embeddings(tokens))  # (T, D)
         decisions = []
         for layer, state in zip(self.layers, states, strict=True):
             x, routing = layer(x, rope, state, experts_per_token)

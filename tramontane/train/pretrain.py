@@ -25,6 +25,7 @@ from tramontane.data.token_files import TokenFile, prepare_token_files
 from tramontane.errors import CheckpointError, ConfigError
 from tramontane.models.transformer import Transformer, build_model
 from tramontane.nn.draws import seed_draws
+from tramontane.nn.dropout import set_dropout
 from tramontane.tokenizer.loading import load_tokenizer
 from tramontane.tokenizer.tokenizer import Tokenizer
 from tramontane.tokenizer.trainer import train_tokenizer
@@ -153,6 +154,7 @@ def _build_trainer(
         model = build_model(config.model)
         initialize_weights(model, seed=config.seed)
     seed_draws(model, config.seed)
+    set_dropout(model, config.dropout)
     model.to(device)
     optimizer = MasterOptimizer(model, config.optimizer)
     model.to(dtype)
@@ -253,6 +255,7 @@ def _describe_stage(config: PretrainConfig, trainer: Trainer[PackedBatch]) -> di
         "tokens_per_step": config.seq_len * config.batch_size * config.loop.accumulation,
         "dtype": str(next(trainer.model.parameters()).dtype).removeprefix("torch."),
         "seed": config.seed,
+        "dropout": config.dropout,
         "load_balancing_coef": config.loop.load_balancing_coef,
         "optimizer": asdict(config.optimizer),
         "sources": list(config.sources),
