@@ -245,6 +245,8 @@ def shrink(recipe: dict[str, Any], data: Path) -> dict[str, Any]:
     for settings in (small["base"], *(arm.get("config", {}) for arm in small["arms"].values())):
         if "hidden_dim" in settings.get("model", {}):
             settings["model"]["hidden_dim"] //= 16
+        if "layer_experts" in settings.get("model", {}).get("moe", {}):
+            del settings["model"]["moe"]["layer_experts"][::2]  # half of the layers
     return small
 
 
