@@ -66,10 +66,12 @@ def describe_stage(stage: dict[str, Any]) -> str:
         return f"upcycled to {stage['upcycled']['num_experts']} experts"
     optimizer = stage["optimizer"]
     dropout = f", dropout {stage['dropout']:g}" if stage.get("dropout") else ""
+    share = stage.get("average_start", 0)
+    mean = f", and the mean with the model before it, which counts {share:.0%}" if share else ""
     return (
         f"{stage['steps']:,} steps of {stage['tokens_per_step']:,} tokens with "
         f"{optimizer['kind']} at {optimizer['lr']:g} ({optimizer['schedule']}) in {stage['dtype']}"
-        f"{dropout}"
+        f"{dropout}{mean}"
     )
 
 

@@ -43,27 +43,28 @@ class CheckedCache:
         """One pass: reserve, copy, write, read, commit. False if there was no room."""
         is_possible = self.blocks.count_missing(owner, num_tokens) <= self.blocks.num_free
         assert self.blocks.reserve(owner, num_tokens) == is_possible
-        for source, target in self.blocks.take_copies():
-            self.slots[target] = list(self.slots[source])
+        self.copy()
         if not is_possible:
             return False
         for position in range(owner.num_computed_tokens, owner.num_computed_tokens + num_tokens):
             block, offset = divmod(position, self.blocks.block_size)
             self.slots[owner.block_table[block]][offset] = owner.describe(position)
         owner.num_computed_tokens += num_tokens
-        self.read(owner, owner.num_computed_tokens - 1)
+        if num_tokens > 0:
+            self.read(owner, owner.num_computed_tokens - 1)
         self.blocks.commit(owner)
         return True
 
     def reserve_ahead(self, owners: list[Owner], num_tokens: int) -> bool:
         """As before several steps in one call: each has the place of its next token."""
-        if not all(self.blocks.reserve(owner, 1) for owner in owners):
+        is_possible = all(self.blocks.reserve(owner, 1) for owner in owners)
+        self.copy()
+        if not is_possible:
             return False
         num_kept, num_free = len(self.blocks._content), self.blocks.num_free
         tables = [list(owner.block_table) for owner in owners]
         is_done = self.blocks.reserve_ahead(owners, num_tokens)
-        for source, target in self.blocks.take_copies():
-            self.slots[target] = list(self.slots[source])
+        assert self.blocks.take_copies() == []
         assert len(self.blocks._content) == num_kept
         if not is_done:
             assert [owner.block_table for owner in owners] == tables
@@ -73,6 +74,11 @@ class CheckedCache:
             end = owner.num_computed_tokens + num_tokens
             assert len(owner.block_table) * self.blocks.block_size >= end
         return is_done
+
+    def copy(self) -> None:
+        """What the next pass does first."""
+        for source, target in self.blocks.take_copies():
+            self.slots[target] = list(self.slots[source])
 
     def fork(self, owner: Owner) -> Owner:
         child = Owner(list(owner.token_ids), owner.cache_root)

@@ -323,6 +323,10 @@ def test_bits_per_byte_by_hand() -> None:
 def test_settings_are_checked() -> None:
     with pytest.raises(ConfigError, match="seq_len"):
         PretrainConfig(out="o", sources=("a.txt",), model=make_config(), seq_len=0)
+    with pytest.raises(ConfigError, match=r"average_start is 0.5, but the run begins with random"):
+        PretrainConfig(out="o", sources=("a.txt",), model=make_config(), average_start=0.5)
+    with pytest.raises(ConfigError, match=r"average_start is -0.1; it must be"):
+        PretrainConfig(out="o", sources=("a.txt",), model=make_config(), average_start=-0.1)
     with pytest.raises(ConfigError, match=r"dropout is 1.0; it must be at least 0 and below 1"):
         PretrainConfig(out="o", sources=("a.txt",), model=make_config(), dropout=1.0)
 
@@ -349,6 +353,31 @@ def test_going_on_from_a_model(settings: dict[str, Any], tmp_path: Path) -> None
     assert stages[0] == json.loads((first / "training.json").read_text())["stages"][0]
     assert stages[1]["tokens_per_step"] == 128
     assert 0 < stages[1]["tokens"] <= 6 * 128
+
+
+@pytest.mark.parametrize("router", ["top_k", "biased_top_k"])
+def test_the_finished_model_can_be_the_mean_with_the_start(
+    settings: dict[str, Any], tmp_path: Path, router: str
+) -> None:
+    settings["model"]["moe"]["router"] = router
+    start = pretrain(load_pretrain_config(None, settings), Recorder())
+    again = settings | {"init_from": str(start), "seed": 2}
+    folders = {}
+    for share in (0.0, 0.25):
+        out, recorder = str(tmp_path / f"mean{share}"), Recorder()
+        config = load_pretrain_config(None, again | {"out": out, "average_start": share})
+        folders[share] = pretrain(config, recorder)
+        notes = [note for note in recorder.notes if note.startswith("the mean with the model")]
+        assert len(notes) == (share > 0)
+    before, plain, mean = (
+        load_model(folder, dtype=torch.float32).state_dict()
+        for folder in (start, folders[0.0], folders[0.25])
+    )
+    for name, tensor in mean.items():
+        expected = 0.25 * before[name] + 0.75 * plain[name]
+        rounding = plain[name].abs().max().item() / 128  # all three are bf16
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=rounding)
+    assert any(not torch.equal(plain[name], mean[name]) for name in mean)
 
 
 def test_going_on_from_another_model_than_asked_for(settings: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ def train(
     decay_ratio: float | None = None,
     load_balancing_coef: float | None = None,
     dropout: float | None = None,
+    average_start: float | None = None,
     dtype: Literal["auto", "bfloat16", "float32"] | None = None,
     device: str | None = None,
     seed: int | None = None,
@@ -90,6 +91,8 @@ def train(
         Weight of the loss that keeps experts evenly used.
     dropout
         Share of the values that are dropped in training; 0.1 for text that is seen many times.
+    average_start
+        With init-from: weight of that model in the finished one, which is the mean of both.
     dtype
         Of the computation; master weights are always fp32. auto: bfloat16 where the processor has
         instructions for it.
@@ -128,7 +131,8 @@ def train(
         "sources": source, "data_dir": data_dir, "out": out, "init_from": init_from,
         "tokenizer": tokenizer, "vocab_size": vocab_size, "seq_len": seq_len,
         "batch_size": batch_size, "dtype": dtype, "device": device, "seed": seed,
-        "dropout": dropout, "tokens_dir": tokens_dir, "peak_tflops": peak_tflops,
+        "dropout": dropout, "average_start": average_start, "tokens_dir": tokens_dir,
+        "peak_tflops": peak_tflops,
         "model": {"preset": model},
         "loop": {
             "num_steps": steps, "accumulation": accumulation, "eval_every": eval_every,

@@ -23,10 +23,11 @@ class PretrainConfig:
     (auto: bfloat16 where the device has instructions for it);
     the optimizer keeps fp32 weights. `dropout` is the share of values that each part of a layer
     loses on its way to the residual stream, against learning by heart a text that is seen many
-    times. `init_from` is the folder of a model to go on from, with its
-    tokenizer; without it the weights are random. `tokens_dir` keeps the encoded text, so that
-    several runs share it; by default OUT/tokens. `peak_tflops` is what the machine can do, for the
-    MFU; by default torch's own product is measured.
+    times. `init_from` is the folder of a model to go on from, with its tokenizer; without it the
+    weights are random. `average_start` is the weight of that model in the finished one, which is
+    the mean of both (arXiv:2109.01903). `tokens_dir` keeps the encoded text, so that several runs
+    share it; by default OUT/tokens. `peak_tflops` is what the machine can do, for the MFU; by
+    default torch's own product is measured.
     """
 
     out: str
@@ -39,6 +40,7 @@ class PretrainConfig:
     batch_size: int = 8  # rows of seq_len tokens
     seed: int = 1
     dropout: float = 0.0
+    average_start: float = 0.0
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     device: str = "auto"  # a GPU where there is one
     eval_tokens: int = 8192  # per domain, at each evaluation
@@ -51,6 +53,15 @@ class PretrainConfig:
         require_positive(self, "seq_len", "batch_size", "eval_tokens")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        if not 0 <= self.average_start < 1:
+            raise ConfigError(
+                f"average_start is {self.average_start}; it must be at least 0 and below 1"
+            )
+        if self.average_start > 0 and self.init_from is None:
+            raise ConfigError(
+                f"average_start is {self.average_start}, but the run begins with random weights; "
+                "name the model to go on from, init_from"
+            )
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise ConfigError(f"dtype is {self.dtype!r}; choose auto, bfloat16 or float32")
         if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
