@@ -10,6 +10,8 @@ import pytest
 from tests.engine.serving import GREEDY, read, serve, settle
 from tests.model_folder import save_tiny_model
 from tramontane import SamplingParams
+from tramontane.engine.constraint import Constraint
+from tramontane.engine.constraints import MAX_CACHED, MAX_GRAMMARS
 from tramontane.engine.request import Request
 from tramontane.errors import RequestError
 
@@ -28,6 +30,25 @@ def test_an_idle_engine_costs_nothing(folder):
             before = time.process_time()
             await asyncio.sleep(1.5)
             assert time.process_time() - before < 0.03 + 0.02 * 1.5
+
+    asyncio.run(run())
+
+
+def test_answers_that_have_ended_hold_no_constraint(folder):
+    """A13: whoever keeps them, and whenever the garbage is collected, others get theirs."""
+    pytest.importorskip("llguidance")
+
+    async def run():
+        kept = []
+        async with serve(folder) as (llm, engine):
+            for number in range(MAX_GRAMMARS + MAX_CACHED + 5):
+                constraint = Constraint("regex", f"[a-z]{{3}}{number}")
+                params = SamplingParams(max_tokens=2, constraint=constraint)
+                kept.append(engine.submit(llm.build_request("Hello", params)))
+                if number % 2:
+                    kept[-1].cancel()
+                _, completions = await read(kept[-1])
+                assert [c.error for c in completions] == ([] if number % 2 else [None])
 
     asyncio.run(run())
 

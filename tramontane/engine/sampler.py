@@ -135,6 +135,10 @@ class Sampler:
         """Whether the constraint allows nothing more: the answer ends here."""
         return self._matcher is not None and self._matcher.is_exhausted
 
+    def close(self) -> None:
+        """The answer has ended: let go of its constraint, although others may still hold this."""
+        self._matcher = None
+
     def edit(self, logits: Tensor) -> Tensor:
         """New scores from those of the model, both fp32 (V,).
 

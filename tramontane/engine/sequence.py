@@ -115,6 +115,7 @@ class Sequence:
         # A stop text may have been completed by the last bytes.
         self.finish_reason = "stop" if self.answer.finish() else reason
         self.error = error
+        self.sampler.close()
 
     def take_pieces(self, *, with_experts: bool = False) -> list[TextPiece]:
         """The tokens whose text has become certain since the last call.
