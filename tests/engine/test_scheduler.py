@@ -24,6 +24,9 @@ class LetterDecoder:
 class NoSampler:
     is_exhausted = False
 
+    def close(self) -> None:
+        pass
+
 
 def make_sequence(length, *, max_tokens=8, tenant="", first=0, max_seq_len=1000):
     """A prompt of `length` ids from `first` on."""
