@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.tiny import make_config, make_model
-from tramontane.nn.draws import read_draws, restore_draws, seed_draws
+from tramontane.nn.draws import Draws, read_draws, restore_draws, seed_draws
 from tramontane.nn.dropout import Dropout, set_dropout
 
 
@@ -46,6 +46,13 @@ def test_streams_and_draws_differ_and_can_be_repeated() -> None:
     assert torch.equal(one(x), first)
     seed_draws(one, 1)
     assert not torch.equal(one(x), first)
+
+
+def test_no_two_streams_of_any_length_share_their_numbers() -> None:
+    streams = [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1), (0, 0, 0)]
+    draws = [Draws(*stream) for stream in streams]
+    seeds = [d.next_generator(torch.device("cpu")).initial_seed() for d in draws for _ in range(4)]
+    assert len(set(seeds)) == len(streams) * 4
 
 
 def test_a_model_drops_in_training_alone_and_goes_on_where_it_was() -> None:

@@ -18,8 +18,8 @@ class Draws:
 
     def next_generator(self, device: torch.device) -> torch.Generator:
         """The generator of the next draw."""
-        entropy = (self.seed, *self.stream, self.count)
-        (word,) = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
+        sequence = np.random.SeedSequence(self.seed, spawn_key=(*self.stream, self.count))
+        (word,) = sequence.generate_state(1, np.uint64)
         self.count += 1
         generator = torch.Generator(device)
         generator.manual_seed(int(word) >> 1)  # a signed number of 64 bits
