@@ -24,19 +24,18 @@ sys.exit(pytest.main(["-q", "-n", "0", "-p", "no:cacheprovider", *sys.argv[1:]])
 """
 
 
-@pytest.mark.parametrize(
-    "wanted",
-    [
-        "tests/server/page/test_conversations.py::test_stop_ends_the_answer_in_the_engine",
-        "tests/server/page/test_glass_box.py",
-        "tests/server/test_bundled_model.py",
-    ],
-    ids=["stop", "experts", "bundled model"],
-)
-def test_everything_works_without_a_network(wanted: str) -> None:
+WANTED = [
+    "tests/server/page/test_conversations.py::test_stop_ends_the_answer_in_the_engine",
+    "tests/server/page/test_glass_box.py",
+    "tests/server/test_bundled_model.py",
+]
+
+
+def test_everything_works_without_a_network() -> None:
+    """Stopping an answer, the experts, and the bundled model, in one process."""
     if shutil.which("unshare") is None or subprocess.run([*NAMESPACE, "true"]).returncode != 0:
         pytest.skip("this machine gives no network namespace (unshare --map-root-user --net)")
-    command = [*NAMESPACE, sys.executable, "-c", RUN_PYTEST, wanted]
+    command = [*NAMESPACE, sys.executable, "-c", RUN_PYTEST, *WANTED]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     if " passed" not in done.stdout:
