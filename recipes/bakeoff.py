@@ -1,8 +1,10 @@
-"""Runs the bake-off of recipes/bakeoff.toml and prints its table; start it with recipes/bakeoff.sh.
+"""Trains the arms of a recipe side by side and prints their table; recipes/bakeoff.sh starts it.
 
 RUNS/tokens/ARM-seedN/    trained on the same tokens
 RUNS/time/ARM-seedN/      trained for the same time, by the speed that the first runs had
-RUNS/results.json         what the table is made of
+RUNS/RECIPE.json          what the table is made of
+
+A run whose loss or gradient is not finite ends there, and counts as diverged.
 """
 
 import argparse
@@ -28,6 +30,7 @@ from tramontane.checkpoint.writer import write_hf
 from tramontane.data.sampling import sample_documents
 from tramontane.data.sources import Source, parse_source
 from tramontane.data.token_files import prepare_token_files
+from tramontane.errors import DivergenceError
 from tramontane.tokenizer.loading import load_tokenizer
 from tramontane.tokenizer.trainer import train_tokenizer
 from tramontane.train.held_out import HeldOutScore, measure_held_out
@@ -39,6 +42,7 @@ from tramontane.train.router_health import LayerLoad
 from tramontane.train.upcycle import UpcycledParameters, UpcycleOptions, plan_upcycled
 
 RECIPE = Path(__file__).with_suffix(".toml")
+WINDOW = 20  # steps whose mean loss is looked at
 PAGE = Path(__file__).parents[1] / "docs" / "routing-bakeoff.md"
 
 
@@ -59,8 +63,10 @@ class Bakeoff:
     """All runs, on disk; what is finished is not run again."""
 
     def __init__(self, runs: Path, recipe: dict[str, Any]) -> None:
-        self.runs, self.base, self.seeds = runs, recipe["base"], recipe["seeds"]
+        self.runs, self.name = runs, recipe["name"]
+        self.base, self.seeds = recipe["base"], recipe["seeds"]
         self.vocab_size, self.score_tokens = recipe["vocab_size"], recipe["score_tokens"]
+        self.budgets = recipe["budgets"]
         self.arms = {
             name: Arm(name, **{"reference": recipe["reference"]} | values)
             for name, values in recipe["arms"].items()
@@ -74,13 +80,14 @@ class Bakeoff:
         self._prepare_tokenizer()
         arms = self._list_needed(names)
         results = [self._run_once(arm, seed, "tokens") for seed in self.seeds for arm in arms]
-        steps = {arm.name: self._count_steps(arm) for arm in arms if not arm.hidden}
-        results += [
-            self._run_once(self.arms[name], seed, "time", count)
-            for seed in self.seeds
-            for name, count in steps.items()
-        ]
-        with atomic_file(self.runs / "results.json") as path:
+        if "time" in self.budgets:
+            steps = {arm.name: self._count_steps(arm) for arm in arms if not arm.hidden}
+            results += [
+                self._run_once(self.arms[name], seed, "time", count)
+                for seed in self.seeds
+                for name, count in steps.items()
+            ]
+        with atomic_file(self.runs / f"{self.name}.json") as path:
             path.write_text(json.dumps(results, indent=1) + "\n")
         return results
 
@@ -116,14 +123,20 @@ class Bakeoff:
             return read_result(folder / "result.json", settings)
         print(f"== same {budget}: {arm.label}, seed {seed}", file=sys.stderr, flush=True)
         with ProgressPrinter(print_every=max(1, config.loop.num_steps // 4)) as printer:
-            is_begun = any(folder.glob("checkpoints/step-*"))
-            if pretrain(config, printer, resume=is_begun) is None:
-                raise KeyboardInterrupt
+            is_begun, is_finite = any(folder.glob("checkpoints/step-*")), True
+            try:
+                if pretrain(config, printer, resume=is_begun) is None:
+                    raise KeyboardInterrupt
+            except DivergenceError as error:
+                is_finite = False
+                print(error, file=sys.stderr, flush=True)
         result = {"arm": arm.name, "label": arm.label, "seed": seed, "budget": budget}
-        result |= {"settings": settings} | self._score(folder, config)
+        result |= {"hidden": arm.hidden, "settings": settings} | describe_run(folder, config)
+        if is_finite:
+            result |= self._score(folder, config)
         with atomic_file(folder / "result.json") as path:
             path.write_text(json.dumps(result, indent=1) + "\n")
-        shutil.rmtree(folder / "checkpoints")
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # none of a run of a few steps
         return result
 
     def _configure(self, arm: Arm, seed: int, out: Path, *, steps: int | None) -> PretrainConfig:
@@ -165,14 +178,8 @@ class Bakeoff:
             seq_len=config.seq_len,
             max_tokens=self.score_tokens,
         )
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        pace = median(record["seconds"] for record in log if "seconds" in record)
         loads = average_loads(list(scores.values()))
         return {
-            "parameters": asdict(config.model.count_parameters()),
-            "steps": config.loop.num_steps,
-            "seconds_per_step": pace,
-            "tokens_per_second": config.seq_len * config.batch_size / pace,
             "bits_per_byte": {domain: score.bits_per_byte for domain, score in scores.items()},
             "loads": [list(load.shares) for load in loads],
             "load_entropy": [load.entropy for load in loads],
@@ -196,6 +203,30 @@ class Bakeoff:
     def _list_sources(self) -> list[Source]:
         parsed = [parse_source(spec) for spec in self.base["sources"]]
         return [replace(s, path=str(Path(self.base["data_dir"]) / s.path)) for s in parsed]
+
+
+def describe_run(folder: Path, config: PretrainConfig) -> dict[str, Any]:
+    """What the log tells. `loss_rise`: from the lowest mean of WINDOW steps to the last (nats)."""
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    records = [record for record in log if "seconds" in record]
+    losses = [record["loss"] for record in records]
+    means = [fmean(losses[max(0, end - WINDOW) : end]) for end in range(1, len(losses) + 1)]
+    pace = median(record["seconds"] for record in records)
+    return {
+        "parameters": asdict(config.model.count_parameters()),
+        "steps": config.loop.num_steps,
+        "seconds_per_step": pace,
+        "tokens_per_second": config.seq_len * config.batch_size / pace,
+        "loss_rise": means[-1] - min(means),
+    }
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A recipe; one that `extends` another lays its changes over all of that but its arms."""
+    recipe = tomllib.loads(path.read_text(encoding="utf-8"))
+    if parent := recipe.pop("extends", None):
+        recipe = merge(read_recipe(path.with_name(parent)) | {"arms": {}}, recipe)
+    return recipe | {"name": path.stem}
 
 
 def read_result(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -254,11 +285,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--arms", nargs="+", help="some of those in bakeoff.toml")
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help=f"instead of {RECIPE.name}")
+    parser.add_argument("--arms", nargs="+", help="some of those in the recipe")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--write", action="store_true", help=f"into {PAGE.name}")
     arguments = parser.parse_args()
-    recipe = tomllib.loads(RECIPE.read_text(encoding="utf-8"))
+    recipe = read_recipe(arguments.recipe)
     if arguments.smoke:
         recipe = shrink(recipe, arguments.data)
     recipe["base"]["data_dir"] = str(arguments.data)
@@ -270,7 +302,7 @@ def main() -> None:
     table = build_table(Bakeoff(arguments.runs, recipe).run(names))
     print(table)
     if arguments.write and not arguments.smoke:
-        write_table(PAGE, table)
+        write_table(PAGE, recipe["name"], table)
 
 
 if __name__ == "__main__":

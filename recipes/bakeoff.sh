@@ -7,6 +7,7 @@
 #   recipes/bakeoff.sh --write     the same, and writes the table into docs/routing-bakeoff.md
 #   recipes/bakeoff.sh --smoke     all arms at toy size on made-up text, in about a minute
 #   recipes/bakeoff.sh --arms mixtral switch
+#   recipes/bakeoff.sh --recipe recipes/z_loss.toml    other arms, a table of their own
 #
 # DATA=../shared/data/pretrain   RUNS=runs/bakeoff   BIN=.venv/bin
 set -euo pipefail

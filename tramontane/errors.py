@@ -40,6 +40,10 @@ class TrainingError(TramontaneError):
     """Training cannot go on: a value is not finite, or the run folder is in use."""
 
 
+class DivergenceError(TrainingError):
+    """A loss or a gradient is not finite; the step was not applied."""
+
+
 class RequestError(TramontaneError):
     """A generation request is invalid."""
 

@@ -4,25 +4,25 @@ import json
 import os
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from recipes.bakeoff import RECIPE, Bakeoff, merge, shrink
-from recipes.bakeoff_table import BEGIN, END, build_table, write_table
+from recipes.bakeoff import RECIPE, Bakeoff, merge, read_recipe, shrink
+from recipes.bakeoff_table import build_table, list_marks, write_table
 from tramontane.config import ModelConfig, ParameterCount
+from tramontane.errors import DivergenceError
+from tramontane.train.loop import Trainer
 
 ROOT = Path(__file__).parents[2]
 
 
-def read_recipe() -> dict[str, Any]:
-    return tomllib.loads(RECIPE.read_text())
+Z_LOSS = RECIPE.with_name("z_loss.toml")
 
 
-def read_small_recipe(data: Path) -> dict[str, Any]:
-    recipe = shrink(read_recipe(), data)
+def read_small_recipe(data: Path, path: Path = RECIPE) -> dict[str, Any]:
+    recipe = shrink(read_recipe(path), data)
     recipe["base"]["data_dir"] = str(data)
     return recipe
 
@@ -34,7 +34,7 @@ def count(recipe: dict[str, Any], name: str) -> ParameterCount:
 
 def test_arms_are_equal_in_what_they_say() -> None:
     """Sparse ones in both counts, the dense ones in one each; up to the routers' weights."""
-    recipe = read_recipe()
+    recipe = read_recipe(RECIPE)
     mixtral = count(recipe, "mixtral")
     for name, arm in recipe["arms"].items():
         if "moe" in arm.get("config", {}).get("model", {}):
@@ -62,10 +62,41 @@ def test_finished_runs_are_kept_and_broken_ones_go_on(tmp_path: Path) -> None:
     kept = runs / "tokens" / "dense-start-seed1" / "result.json"
     assert kept.stat().st_mtime_ns == times[kept]
     assert again[1]["bits_per_byte"] == results[1]["bits_per_byte"]
-    assert json.loads((runs / "results.json").read_text()) == again
+    assert json.loads((runs / "bakeoff.json").read_text()) == again
     changed = merge(recipe, {"base": {"optimizer": {"lr": 1e-4}}})
     with pytest.raises(SystemExit, match="dense-start-seed1 was run with other settings"):
         Bakeoff(runs, changed).run(["upcycled"])
+
+
+def test_another_recipe_extends_the_first(tmp_path: Path) -> None:
+    recipe, whole = read_recipe(Z_LOSS), read_recipe(RECIPE)
+    assert recipe["base"]["optimizer"]["lr"] == pytest.approx(10 * whole["base"]["optimizer"]["lr"])
+    assert recipe["base"]["sources"] == whole["base"]["sources"]
+    results = Bakeoff(tmp_path / "runs", read_small_recipe(tmp_path, Z_LOSS)).run(
+        list(recipe["arms"])
+    )
+    coefs = [r["settings"]["loop"]["router_z_coef"] for r in results]
+    assert (coefs, {r["budget"] for r in results}) == ([1e-3, 0.0], {"tokens"})
+    assert "| no z-loss |" in build_table(results)
+
+
+def test_a_run_that_diverges_is_counted_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(trainer: Trainer[Any], *arguments: Any, **options: Any) -> dict[str, float]:
+        values = backward(trainer, *arguments, **options)
+        if trainer.step == 3 and not trainer.config.router_z_coef:
+            raise DivergenceError("step 4: the loss is not finite")
+        return values
+
+    backward = Trainer._backward
+    monkeypatch.setattr(Trainer, "_backward", explode)
+    recipe = read_small_recipe(tmp_path, Z_LOSS)
+    results = [Bakeoff(tmp_path / "runs", recipe).run(list(recipe["arms"])) for _ in range(2)]
+    assert results[0] == results[1]
+    assert ["bits_per_byte" in result for result in results[0]] == [True, False]
+    cells = [line.split(" | ") for line in build_table(results[0]).splitlines()[4:]]
+    assert [(row[3] == "-", row[-1]) for row in cells] == [(False, "0 of 1 |"), (True, "1 of 1 |")]
 
 
 def make_result(arm: str, budget: str, seed: int, bits: float, **changes: Any) -> dict[str, Any]:
@@ -73,7 +104,7 @@ def make_result(arm: str, budget: str, seed: int, bits: float, **changes: Any) -
         "arm": arm, "label": arm.upper(), "seed": seed, "budget": budget, "steps": 300,
         "parameters": {"total": 4_000_000, "active": 1_500_000}, "seconds_per_step": 0.2,
         "tokens_per_second": 20480.0, "bits_per_byte": {"a": bits, "b": bits + 1},
-        "load_entropy": [0.9, 0.8], "num_dead": 1,
+        "load_entropy": [0.9, 0.8], "num_dead": 1, "hidden": False, "loss_rise": 0.1,
     }  # fmt: skip
     return values | changes
 
@@ -81,8 +112,8 @@ def make_result(arm: str, budget: str, seed: int, bits: float, **changes: Any) -
 def test_the_table_has_means_and_spread(tmp_path: Path) -> None:
     results = [
         make_result("moe", "tokens", 1, 1.0), make_result("moe", "tokens", 2, 1.2),
-        make_result("moe", "time", 1, 1.5), make_result("moe", "time", 2, 1.5),
-        make_result("start", "tokens", 1, 9.0),
+        make_result("moe", "time", 1, 1.5), make_result("moe", "time", 2, 1.5, loss_rise=0.6),
+        make_result("start", "tokens", 1, 9.0, hidden=True),
         make_result("dense", "tokens", 1, 2.0, load_entropy=[], num_dead=0),
         make_result("dense", "time", 1, 1.0, load_entropy=[], num_dead=0, steps=600),
     ]  # fmt: skip
@@ -90,21 +121,23 @@ def test_the_table_has_means_and_spread(tmp_path: Path) -> None:
     rows = table.splitlines()[4:]
     assert rows == [
         "| MOE | 4.00M, 1.50M | 20,480 | 1.6000 \u00b1 0.1414 | 2.0000 \u00b1 0.0000 | "
-        "300 in 1.0 | 0.8000 \u00b1 0.0000 | 1.0 |",
-        "| DENSE | 4.00M, 1.50M | 20,480 | 2.5000 | 1.5000 | 600 in 2.0 | - | - |",
+        "300 in 1.0 | 0.8000 \u00b1 0.0000 | 1.0 | 1 of 4 |",
+        "| DENSE | 4.00M, 1.50M | 20,480 | 2.5000 | 1.5000 | 600 in 2.0 | - | - | 0 of 2 |",
     ]
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    write_table(page, table)
-    assert page.read_text() == f"before\n{BEGIN}\n{table}\n{END}\nafter\n"
-    page.write_text("no place")
+    begin, end = list_marks("bakeoff")
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    write_table(page, "bakeoff", table)
+    assert page.read_text() == f"before\n{begin}\n{table}\n{end}\nafter\n"
     with pytest.raises(SystemExit, match="no place for the table"):
-        write_table(page, table)
+        write_table(page, "z_loss", table)
 
 
-def test_the_page_has_a_place_for_the_table() -> None:
+@pytest.mark.parametrize("recipe", [RECIPE, Z_LOSS], ids=lambda path: path.stem)
+def test_the_page_has_a_place_for_the_table(recipe: Path) -> None:
     text = (ROOT / "docs" / "routing-bakeoff.md").read_text()
-    assert 0 < text.index(BEGIN) < text.index(END)
+    begin, end = list_marks(recipe.stem)
+    assert 0 < text.index(begin) < text.index(end)
 
 
 @pytest.mark.slow
@@ -115,6 +148,6 @@ def test_one_command_runs_all_arms(tmp_path: Path) -> None:
         text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    shown = [arm["label"] for arm in read_recipe()["arms"].values() if not arm.get("hidden")]
+    shown = [arm["label"] for arm in read_recipe(RECIPE)["arms"].values() if not arm.get("hidden")]
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0].removeprefix("| ") for row in rows[2:]] == shown

@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal, NoReturn, Protocol, TypeVar
 import torch
 
 from tramontane.config import require_positive
-from tramontane.errors import ConfigError, TrainingError
+from tramontane.errors import ConfigError, DivergenceError
 from tramontane.models.transformer import Transformer
 from tramontane.nn.draws import read_draws, restore_draws
 from tramontane.train.accumulation import StepTotals
@@ -161,7 +161,7 @@ class Trainer(Generic[BatchT]):
     def run(self) -> bool:
         """Train to the last step, or until asked to stop (Ctrl-C or SIGTERM); save; True if done.
 
-        Raises TrainingError if a loss or gradient is not finite: that step is not applied, and
+        Raises DivergenceError if a loss or gradient is not finite: that step is not applied, and
         nothing is saved after it.
         """
         watch = RouterWatch(self.config.dead_expert_steps)
@@ -273,7 +273,7 @@ class Trainer(Generic[BatchT]):
         self.optimizer.clear()
         bad = find_bad_tensor(self.model, lambda: self.compute_loss(self.model, batch))
         sums = ", ".join(f"{name} {value:g}" for name, value in values.items())
-        raise TrainingError(
+        raise DivergenceError(
             f"step {self.step + 1}: the loss is not finite (sums over the batch: {sums}); the "
             f"first tensor that is not finite is {bad or 'the loss itself'}. The step was not "
             "applied. Lower the learning rate, or look at the data of this step"

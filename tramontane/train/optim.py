@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tramontane.errors import ConfigError, TrainingError
+from tramontane.errors import ConfigError, DivergenceError
 from tramontane.train.muon import Muon
 
 
@@ -136,7 +136,7 @@ class MasterOptimizer:
     def average(self, num_units: int, *, step: int) -> float:
         """Divide the gathered gradients by `num_units` and clip them; returns their norm between.
 
-        Raises TrainingError that names the last parameter whose gradient is not finite: backward,
+        Raises DivergenceError that names the last parameter whose gradient is not finite: backward,
         such a gradient makes all those before it so too.
         """
         gradients = {n: w.grad for n, w in self.masters.items() if w.grad is not None}
@@ -144,7 +144,7 @@ class MasterOptimizer:
         if not math.isfinite(norm):
             bad = [name for name, grad in gradients.items() if not torch.isfinite(grad).all()]
             self.clear()
-            raise TrainingError(
+            raise DivergenceError(
                 f"step {step}: the gradient of {bad[-1] if bad else 'the model'} is not finite "
                 f"({len(bad)} such); the step was not applied. Lower the learning rate, or look at "
                 "the data of this step"
