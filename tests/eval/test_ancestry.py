@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.tiny import make_config, make_model
-from tests.train.test_loop import make_trainer
 from tests.train.test_upcycle import upcycle
+from tests.train.trainers import make_trainer
 from tramontane.checkpoint.parameters import ParametersInMemory
 from tramontane.eval.ancestry import (
     DERIVED,

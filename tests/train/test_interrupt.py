@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.train.test_kill import write_inputs
-from tests.train.test_loop import assert_same_weights, make_trainer
+from tests.train.trainers import assert_same_weights, make_trainer
 
 # `tramontane train` whose steps say that they have begun and then take a while.
 PROGRAM = """

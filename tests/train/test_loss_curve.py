@@ -12,7 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from tests.oracles.hf import to_hf_model
 from tests.tiny import make_config, make_model
-from tests.train.test_loop import Recorder
+from tests.train.trainers import Recorder
 from tramontane.config import MoeConfig
 from tramontane.data.packing import PackedBatch
 from tramontane.models.transformer import Transformer

@@ -13,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.tiny import make_config, make_model
-from tests.train.test_loop import CountingSource, Recorder, assert_same_weights, read_log
+from tests.train.trainers import CountingSource, Recorder, assert_same_weights, read_log
 from tramontane.config import MoeConfig
 from tramontane.config.moe import ROUTERS, TopPOptions
 from tramontane.errors import ConfigError
