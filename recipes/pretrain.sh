@@ -20,8 +20,8 @@ fail() { echo "pretrain.sh: $*" >&2; exit 1; }
 if [ "${1:-}" = --smoke ]; then
     RUNS=$(mktemp -d)
     trap 'rm -rf "$RUNS"' EXIT
-    flags=(--source "tinystories=tinystories.jsonl.gz" --seq-len 128 --batch-size 4 --warmup-steps 5
-           --vocab-size 1024 --dtype float32 --steps 10 --eval-every 10 --save-every 10
+    flags=(--source "tinystories=tinystories.jsonl.gz" --seq-len 128 --batch-size 4 --warmup-steps 1
+           --vocab-size 1024 --dtype float32 --steps 2 --eval-every 2 --save-every 2
            --sample-every 0)
     scored=(tinystories=tinystories.jsonl.gz) max_tokens=4000
 elif [ $# -eq 0 ]; then
