@@ -1,5 +1,6 @@
 """The server over the engine itself: a pass that hangs, and the counts of both."""
 
+import gc
 import itertools
 import os
 import re
@@ -18,6 +19,7 @@ from tramontane.engine import grammar_process
 from tramontane.engine.engine import Engine
 from tramontane.engine.pulse import Patience
 from tramontane.server import state
+from tramontane.server.generation import Generation
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,30 @@ def find_child(host: int) -> int:
 def test_e17_a_hanging_pass_is_known_within_five_seconds():
     """The bound that the defaults keep; whoever looks, the server does so itself."""
     assert Patience().hang_seconds + 2 * state.CHECK_SECONDS < 5
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream": True}, {"n": 3}, {"guided_regex": "[ab]{4}"}])
+def test_an_ended_request_is_not_left_to_the_collector(folder, fields):
+    """It would keep its sequences, and a constraint's process, until Python's collector comes."""
+    if "guided_regex" in fields:
+        pytest.importorskip("llguidance")
+    with run_real(folder) as live:
+        live.complete("Hello", max_tokens=4)
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(3):
+                assert live.complete("Hello", max_tokens=4, **fields).status_code == 200
+            until = time.monotonic() + 20
+            while count_generations() and time.monotonic() < until:
+                time.sleep(0.02)
+            assert count_generations() == 0
+        finally:
+            gc.enable()
+
+
+def count_generations() -> int:
+    return sum(type(thing) is Generation for thing in gc.get_objects())
 
 
 def test_the_metrics_are_the_engines(folder):

@@ -84,6 +84,7 @@ class Generation:
             self._cancel()
         for task in self._tasks:
             task.cancel()
+        self._tasks.clear()  # a cancelled task keeps its frames, and they this generation
 
     def fail(self, error: Exception) -> None:
         """End the wait with this error."""
