@@ -10,10 +10,11 @@ import pytest
 from tests.engine.serving import GREEDY, read, serve, settle
 from tests.model_folder import save_tiny_model
 from tramontane import SamplingParams
+from tramontane.engine.async_engine import MAX_QUEUED
 from tramontane.engine.constraint import Constraint
-from tramontane.engine.constraints import MAX_CACHED, MAX_GRAMMARS
+from tramontane.engine.constraints import COMPILE_SECONDS, MAX_CACHED, MAX_GRAMMARS
 from tramontane.engine.request import Request
-from tramontane.errors import RequestError
+from tramontane.errors import OverloadError, RequestError
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,34 @@ def test_answers_that_have_ended_hold_no_constraint(folder):
                     kept[-1].cancel()
                 _, completions = await read(kept[-1])
                 assert [c.error for c in completions] == ([] if number % 2 else [None])
+
+    asyncio.run(run())
+
+
+def test_slow_constraints_hold_up_nobody_else(folder):
+    """A13: so many wait to be compiled, those whose caller left are not, and no place is taken."""
+    pytest.importorskip("llguidance")
+
+    def build(llm, number: int) -> Request:
+        source = f"({'(a|b|c)*' * 40}){{40}}{number}"
+        params = SamplingParams(max_tokens=2, constraint=Constraint("regex", source))
+        return llm.build_request("Hello", params)
+
+    async def run():
+        async with serve(folder, max_waiting=MAX_QUEUED + 1) as (llm, engine):
+            started = time.monotonic()
+            streams = [engine.submit(build(llm, number)) for number in range(MAX_QUEUED)]
+            with pytest.raises(OverloadError, match="wait to be compiled"):
+                engine.submit(build(llm, MAX_QUEUED))
+            _, [completion] = await read(engine.submit(llm.build_request("Hello", GREEDY)))
+            assert completion.error is None
+            for stream in streams:
+                stream.cancel()
+            simple = SamplingParams(max_tokens=2, constraint=Constraint("regex", "[ab]"))
+            _, [completion] = await read(engine.submit(llm.build_request("Hello", simple)))
+            assert completion.error is None
+            assert time.monotonic() - started < MAX_QUEUED * COMPILE_SECONDS / 2
+            await settle(engine)
 
     asyncio.run(run())
 

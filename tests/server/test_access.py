@@ -133,14 +133,16 @@ def test_a_file_holds_a_key_a_line():
 
 
 def test_tenants_share_no_prefix(locked):
-    """A03: each key, and each salt of a key, is a tenant of its own."""
+    """A03: each key, and each salt of a key, is apart; the turns are those of the key alone."""
     for key in KEYS:
         headers = {"authorization": f"Bearer {key}"}
         for salt in (None, "s"):
             body = {"prompt": "Same", "max_tokens": 1, "cache_salt": salt}
             httpx2.post(locked.url + "/v1/completions", headers=headers, json=body)
-    tenants = [request.tenant for request in locked.engine.requests[-4:]]
-    assert len(set(tenants)) == 4
+    sent = locked.engine.requests[-4:]
+    tenants = [request.tenant for request in sent]
+    assert len({(request.tenant, request.cache_salt) for request in sent}) == 4
+    assert len(set(tenants)) == 2
     assert not any(key in tenant for tenant in tenants for key in KEYS)
     assert locked.post("/v1/completions", prompt="x", cache_salt="").status_code == 400
 

@@ -17,7 +17,7 @@ from tramontane.errors import (
     OverloadError,
     UnavailableError,
 )
-from tramontane.server import errors
+from tramontane.server import errors, exchange
 from tramontane.server.protocol.chat import ChatRequest
 from tramontane.server.protocol.completions import CompletionRequest
 from tramontane.server.protocol.embeddings import EmbeddingRequest
@@ -192,6 +192,20 @@ def test_unknown_fields_are_named_in_a_header(server, caplog):
     server.chat(frobnicate=1)
     assert sum("frobnicate" in record.getMessage() for record in caplog.records) == 1
     assert "x-tramontane-ignored-fields" not in server.chat(user="x", metadata={}).headers
+    response = server.chat(stream=True, stream_options={"include_usage": True, "wish": 1})
+    assert response.headers["x-tramontane-ignored-fields"] == "stream_options.wish"
+    messages = [{"role": "user", "content": "x", "wish": 1}] * 2
+    response = server.chat(messages=messages)
+    assert response.headers["x-tramontane-ignored-fields"] == "messages.wish"
+
+
+def test_a_call_of_a_tool_is_no_empty_answer(server):
+    for call in ({"tool_calls": [{}]}, {"function_call": {"name": "f", "arguments": ""}}):
+        messages = [
+            {"role": "assistant", "content": None, **call},
+            {"role": "user", "content": "x"},
+        ]
+        require_error(server.chat(messages=messages), 400, param="messages.0")
 
 
 def test_half_a_character_is_refused(server):
@@ -221,6 +235,24 @@ def test_truncation_is_the_clients_choice(server):
     assert response.json()["usage"]["prompt_tokens"] == 500
     server.complete("a" * 600 + "bcd", max_tokens=2, truncate_prompt_tokens=3)
     assert server.engine.tokenizer.decode(server.engine.requests[-1].prompt_ids) == "bcd"
+    response = server.complete("aabcd", max_tokens=1, truncate_prompt_tokens=3, echo=True)
+    assert response.json()["choices"][0]["text"].startswith("bcd")
+    server.complete("a" * 600, truncate_prompt_tokens=-1)  # 16 tokens of answer are the default
+    assert len(server.engine.requests[-1].prompt_ids) == 512 - 16
+    response = server.complete("a", truncate_prompt_tokens=0)
+    require_error(response, 400, param="truncate_prompt_tokens")
+    response = server.chat("a" * 600, max_tokens=None, truncate_prompt_tokens=-1)
+    require_error(response, 400, param="max_tokens")
+
+
+def test_what_each_answer_lists_of_its_prompt_is_bounded(server, monkeypatch):
+    """A small request could take gigabytes: n answers repeat it."""
+    monkeypatch.setattr(exchange, "MAX_ROUTED", 500_000)
+    prompts = [[100] * 500, [101] * 500]
+    for field, wanted in [("prompt_logprobs", 9), ("return_routing", "all")]:
+        response = server.complete(prompts, n=128, max_tokens=1, **{field: wanted})
+        require_error(response, 400, param=field)
+        assert server.complete(prompts, n=1, max_tokens=1, **{field: wanted}).status_code == 200
 
 
 def test_unknown_models_and_paths(server):
@@ -261,6 +293,8 @@ def test_refusals_of_the_engine(error, status, code, stream):
         param = "messages" if status == 400 else None
         require_error(response, status, code=code, param=param)
         assert ("retry-after" in response.headers) == (status in (429, 503))
+        should_retry = "true" if status in (429, 503) else "false"
+        assert response.headers["x-should-retry"] == should_retry
         live.wait_idle()
 
 
@@ -273,10 +307,11 @@ def test_refusals_of_the_engine(error, status, code, stream):
         (UnavailableError("stopped"), 503, 503),
     ],
 )
-def test_a_failure_ends_its_own_request_alone(error, status, code):
-    """E13, K10: seen from outside."""
+def test_a_failure_ends_its_own_request_alone(error, status, code, caplog):
+    """E13, K10: seen from outside; what the answer does not say is in the log."""
     with run_live(lambda: FakeEngine(failures={5: error})) as live:
         require_error(live.chat(max_tokens=9), status, code=code)
+        assert ("scores are not finite" in caplog.text) == (code == "internal_error")
         assert live.chat(max_tokens=5).status_code == 200
         assert live.engine.num_ended["error"] == 1
         live.wait_idle()

@@ -151,6 +151,18 @@ def test_the_vocabulary(server):
     assert (info["bos_token"], info["eos_token"]) == ("<s>", "</s>")
 
 
+def test_the_vocabulary_ignores_nothing_in_silence(server):
+    messages = [{"role": "user", "content": "h"}]
+    response = server.post("/tokenize", messages=messages, tools=[{"type": "function"}])
+    assert response.json()["error"]["param"] == "tools"
+    response = server.post("/tokenize", messages=messages, add_special_tokens=True)
+    assert response.json()["error"]["param"] == "add_special_tokens"
+    response = server.post("/tokenize", prompt="h", wish=1)
+    assert response.headers["x-tramontane-ignored-fields"] == "wish"
+    response = server.post("/detokenize", tokens=[107], wish=1)
+    assert response.headers["x-tramontane-ignored-fields"] == "wish"
+
+
 def test_models_go_by_their_names():
     names = ("org/big-model", "small")
     with run_live(served_model_names=names) as live:

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.sequences import count_pool_bytes
 from tests.model_folder import save_tiny_model
 from tests.server.live import LiveServer, run_real
 from tests.server.sse import read_events
+from tramontane import LLM
 from tramontane.engine import grammar_process
 from tramontane.engine.engine import Engine
 from tramontane.engine.pulse import Patience
@@ -114,6 +116,40 @@ def test_an_ended_request_is_not_left_to_the_collector(folder, fields):
             assert count_generations() == 0
         finally:
             gc.enable()
+
+
+def test_prompts_without_an_answer_are_scored_for_each_choice(folder):
+    fields = {"max_tokens": 0, "n": 2, "echo": True, "logprobs": 1, "return_routing": "all"}
+    with run_real(folder, enable_return_routed_experts=True) as live:
+        first, second = live.complete("Hello", **fields).json()["choices"]
+    assert first["logprobs"]["token_logprobs"][1:] != []
+    assert {**first, "index": 1} == second
+
+
+def test_the_context_is_what_the_cache_holds(folder):
+    """An answer without max_tokens takes the room that there is, not what no cache could hold."""
+    size = count_pool_bytes(LLM(folder).model, 4)
+    with run_real(folder, limits={"kv_cache_memory_bytes": size}) as live:
+        (card,) = live.client.get("/v1/models").json()["data"]
+        assert card["max_model_len"] == 64
+        answer = live.chat("Hello", max_tokens=None, ignore_eos=True).json()
+        assert answer["usage"]["total_tokens"] == 64
+        error = live.complete("x" * 60, max_tokens=9).json()["error"]
+        assert error["code"] == "context_length_exceeded"
+
+
+def test_what_is_wrong_with_a_constraint_is_said_of_its_field(folder):
+    pytest.importorskip("llguidance")
+    with run_real(folder) as live:
+        for fields, param in [
+            ({"structured_outputs": {"regex": "((("}}, "structured_outputs.regex"),
+            ({"guided_regex": "((("}, "guided_regex"),
+            ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 1}}}},
+             "response_format"),
+        ]:  # fmt: skip
+            response = live.complete("Hello", **fields)
+            assert response.status_code == 400
+            assert response.json()["error"]["param"] == param
 
 
 def count_generations() -> int:

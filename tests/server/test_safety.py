@@ -74,6 +74,28 @@ def test_always_cannot_be_switched_off(by_policy, fields):
         assert events[0]["safety"]["prefix"] == SAFE_PROMPT
 
 
+@pytest.mark.parametrize("prompt", ["x" * 100, [1, *[123] * 100]])
+def test_a_cut_prompt_keeps_the_prefix(by_policy, prompt):
+    """The beginning is cut off behind it; what leaves no room for it is refused."""
+    live = by_policy["always"]
+    size = len(SAFE_PROMPT) + 2
+    response = live.complete(prompt, truncate_prompt_tokens=1 + size + 5, max_tokens=1, echo=True)
+    read = read_prompt(live)
+    assert (read[0], len(read)) == (1, 1 + size + 5)
+    assert live.engine.tokenizer.decode(read) == f"{SAFE_PROMPT}\n\nxxxxx"
+    assert response.json()["choices"][0]["text"].startswith(f"{SAFE_PROMPT}\n\nxxxxx")
+    refused = live.complete(prompt, truncate_prompt_tokens=1 + size)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "truncate_prompt_tokens"
+
+
+def test_a_cut_conversation_would_lose_the_prefix(by_policy):
+    refused = by_policy["always"].chat("Hello", truncate_prompt_tokens=20)
+    assert refused.status_code == 400
+    assert "safety prefix" in refused.json()["error"]["message"]
+    assert by_policy["always"].chat("Hello", truncate_prompt_tokens=500).status_code == 200
+
+
 def test_always_holds_on_every_route(by_policy):
     """Raw text and raw ids do not lead around it; an echo shows what was read."""
     live = by_policy["always"]

@@ -88,7 +88,14 @@ def _load_engine(model: str | None, name: str, flags: EngineFlags) -> "AsyncEngi
         max_model_len=flags.max_model_len,
         **flags.list_limits(),
     )
-    return AsyncEngine(llm, name=name, patience=flags.build_patience())
+    longest = llm.sequences.max_seq_len
+    engine = AsyncEngine(llm, name=name, patience=flags.build_patience())
+    if engine.model.max_seq_len < longest:
+        say(
+            f"context      {engine.model.max_seq_len} of {longest} tokens, as many as the cache of "
+            "--kv-cache-memory-bytes holds"
+        )
+    return engine
 
 
 def _name_model(model: str | None) -> str:

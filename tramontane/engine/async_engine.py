@@ -15,6 +15,8 @@ from queue import Empty, SimpleQueue
 from typing import Any, Self
 
 from tramontane.engine.completion import ChoiceUpdate
+from tramontane.engine.constraint import Constraint
+from tramontane.engine.constraints import MAX_COMPILING
 from tramontane.engine.limits import EngineStats
 from tramontane.engine.llm import LLM
 from tramontane.engine.pulse import Patience, Pulse, build_meter
@@ -25,6 +27,7 @@ from tramontane.engine.served_model import describe_model
 from tramontane.errors import EngineError, OverloadError, TramontaneError, UnavailableError
 from tramontane.tokenizer.chat import ChatFormat
 
+MAX_QUEUED = 16  # different constraints that are being compiled, or wait for it
 _IDLE_SECONDS = 1.0
 _PATIENCE = Patience()
 
@@ -67,7 +70,7 @@ class AnswerStream:
         if not self.is_cancelled and self._num_open:
             self.is_cancelled = True
             self._has_news.set()
-            self._engine._tell(self._engine._end, self)
+            self._engine._leave(self)
 
     def push(self, updates: list[ChoiceUpdate]) -> None:
         """More has come (in the event loop's thread)."""
@@ -95,18 +98,18 @@ class AsyncEngine:
         self.chat_format: ChatFormat | None = llm.find_chat_format()
         self.default_params: SamplingParams = llm.default_params
         self.generation_overrides: Mapping[str, Any] = llm.generation_config.overrides
+        self._builder, self._engine = llm.sequences, llm.take_engine()
         self.model = describe_model(
             llm.model,
             name=name or llm.origin,
             vocab_size=llm.tokenizer.vocab_size,
-            max_seq_len=llm.sequences.max_seq_len,
+            max_seq_len=min(llm.sequences.max_seq_len, self._engine.longest),
         )
-        self._builder, self._engine = llm.sequences, llm.take_engine()
         self.cache_config: Mapping[str, Any] = self._engine.describe_cache()
         self._patience = patience
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._inbound: set[AnswerStream] = set()  # submitted, not yet known to the engine
-        self._compilers = ThreadPoolExecutor(1, thread_name_prefix="constraints")
+        self._compilers = ThreadPoolExecutor(MAX_COMPILING, thread_name_prefix="constraints")
         self._stream_of: dict[Sequence, AnswerStream] = {}
         self._streams: set[AnswerStream] = set()
         self._thread: threading.Thread | None = None
@@ -140,6 +143,7 @@ class AsyncEngine:
         if not (self._is_accepting and self.is_healthy()):
             raise UnavailableError("the engine takes no requests: it has stopped, or is about to")
         self._require_place()
+        self._require_compiler(request.params.constraint)
         self._builder.check(request)
         stream = AnswerStream(request, self)
         self._inbound.add(stream)
@@ -184,14 +188,30 @@ class AsyncEngine:
                 f"{num_waiting} requests wait, which is as many as may; try again later"
             )
 
+    def _require_compiler(self, constraint: Constraint | None) -> None:
+        """So that nobody's constraint waits for long, and what waits takes no place of others."""
+        if constraint is None:
+            return
+        waiting = {s.request.params.constraint for s in list(self._inbound) if not s.sequences}
+        if constraint not in waiting and len(waiting - {None}) >= MAX_QUEUED:
+            raise OverloadError(
+                f"{MAX_QUEUED} other constraints wait to be compiled; send the request again later"
+            )
+
     def _has_work(self) -> bool:
         return bool(self._streams or self._inbound)
 
     def _tell(self, function: Callable[[AnswerStream], None], stream: AnswerStream) -> None:
         self._commands.put(lambda: function(stream))
 
+    def _leave(self, stream: AnswerStream) -> None:
+        self._inbound.discard(stream)  # its constraint waits no longer
+        self._tell(self._end, stream)
+
     def _build(self, stream: AnswerStream) -> None:
-        """In the compilers' thread: build the sequences of a request with a constraint."""
+        """In a compilers' thread: build the sequences of a request with a constraint."""
+        if stream.is_cancelled:
+            return
         try:
             sequences = self._builder.build(stream.request)
             self._engine.require_room(sequences[0])

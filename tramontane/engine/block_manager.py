@@ -11,6 +11,7 @@ holds the same two. The first of the two to write token 6 gets a copy, block 2, 
 
 import hashlib
 import secrets
+import sys
 from array import array
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
@@ -88,6 +89,12 @@ class BlockManager:
             # The window may begin inside a block, and a chunk is written before blocks are freed.
             num_tokens = min(num_tokens, self.window + 2 * self.block_size)
         return -(-num_tokens // self.block_size)
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that a sequence may have; no number is too large behind a window."""
+        held = self.num_blocks * self.block_size
+        return held if self.count_blocks(held + 1) > self.num_blocks else sys.maxsize
 
     def count_missing(self, owner: BlockOwner, num_tokens: int) -> int:
         """Free blocks that `reserve` would take."""

@@ -25,7 +25,7 @@ COMPILE_SECONDS = 1.5
 MAX_GRAMMARS = 64  # that answers follow at one time
 MAX_CACHED = 16  # that are kept although no answer follows them
 MAX_CACHED_BYTES = 48 * 2**20
-_MAX_COMPILING = 2  # at one time
+MAX_COMPILING = 2  # at one time
 _MAX_REFUSED = 256  # errors that are remembered
 
 
@@ -94,7 +94,7 @@ class ConstraintCompiler:
         self._compile_seconds = compile_seconds
         self._host: GrammarHost | None = None
         self._lock = threading.Lock()
-        self._compiling = threading.Semaphore(_MAX_COMPILING)
+        self._compiling = threading.Semaphore(MAX_COMPILING)
         self._used: weakref.WeakValueDictionary[Constraint, GrammarProcess] = (
             weakref.WeakValueDictionary()
         )

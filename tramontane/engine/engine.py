@@ -66,6 +66,11 @@ class Engine:
         return self._scheduler.num_waiting
 
     @property
+    def longest(self) -> int:
+        """The most tokens of prompt and answer that the cache can hold for one sequence."""
+        return self._blocks.longest
+
+    @property
     def num_cache_bytes(self) -> int:
         """Bytes of the blocks that sequences hold."""
         num_held = self._blocks.num_blocks - self._blocks.num_free

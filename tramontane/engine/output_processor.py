@@ -96,6 +96,7 @@ class OutputProcessor:
             if part.sequence.is_finished:  # no answer was wanted
                 siblings = part.sequence.take_siblings()
                 for sibling in siblings:
+                    sibling.answer.inherit_prompt(part.sequence.answer)
                     sibling.finish("length")
                 touched += siblings
             if part.sequence.num_pending_tokens or part.sequence.is_finished:

@@ -16,8 +16,9 @@ class Request:
     `starts_text`: the answer is a text of its own, as in a conversation, and not the continuation
     of the prompt's: a vocabulary's space before the first word is dropped. `routing` asks for the
     experts of the answer's tokens, or of the prompt's too (which then runs whole, whatever is kept
-    of it). Only requests of one `tenant` share what is kept of their prompts. `wants_embedding`
-    asks for the mean of the prompt's final hidden states.
+    of it). Tenants have their turns one after another; only requests of one `tenant` and
+    `cache_salt` share what is kept of their prompts. `wants_embedding` asks for the mean of the
+    prompt's final hidden states.
     """
 
     prompt_ids: Sequence[int]
@@ -25,4 +26,5 @@ class Request:
     starts_text: bool = False
     routing: RoutingWanted = "none"
     tenant: str = ""
+    cache_salt: str = ""
     wants_embedding: bool = False

@@ -142,7 +142,7 @@ def _find_cache_root(request: Request) -> tuple | None:
         or request.params.prompt_logprobs is not None
     ):
         return None
-    return (request.tenant, request.params.experts_per_token)
+    return (request.tenant, request.cache_salt, request.params.experts_per_token)
 
 
 def _check_prompt_length(num_prompt_tokens: int, max_tokens: int, max_seq_len: int) -> None:

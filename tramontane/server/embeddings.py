@@ -12,7 +12,7 @@ from fastapi.responses import Response
 
 from tramontane.engine.request import Request
 from tramontane.server.errors import invalid
-from tramontane.server.exchange import find_tenant, note_unknown
+from tramontane.server.exchange import note_unknown
 from tramontane.server.generation import Generation
 from tramontane.server.json_text import JsonResponse
 from tramontane.server.ports import ServedModel
@@ -37,11 +37,11 @@ async def create_embeddings(
     )
     params = replace(engine.default_params, max_tokens=0, min_tokens=0)
     for prompt in prompts:
-        fit(prompt, engine.model, max_tokens=0, default=None, truncate=None, param="input")
+        fit(prompt, engine, max_tokens=0, default=None, truncate=None, param="input")
     requests = [
         Request(
             prompt_ids=prompt.ids, params=params, wants_embedding=True,
-            tenant=find_tenant(http, body.cache_salt),
+            tenant=http.state.tenant, cache_salt=body.cache_salt or "",
         )
         for prompt in prompts
     ]  # fmt: skip

@@ -4,6 +4,7 @@
 the two fields that Mistral's first clients read.
 """
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +23,9 @@ from tramontane.errors import (
 )
 from tramontane.server.json_text import JsonResponse
 
+_log = logging.getLogger("tramontane.server")
 MAX_MESSAGE = 1000  # characters: a message may quote what was sent
+_RETRIED = (408, 429, 503)  # what may be answered the next time
 LOADING = "Loading model"  # llama-server's words; clients wait on them
 
 
@@ -46,8 +49,10 @@ class ApiError(Exception):
         return {"error": error, "object": "error", "message": self.message}
 
     def to_response(self) -> JsonResponse:
-        """The whole answer."""
-        return JsonResponse(self.to_body(), self.status, headers=self.headers)
+        """The whole answer. OpenAI's client would send again whatever is 500 or more."""
+        should_retry = "true" if self.status in _RETRIED else "false"
+        headers = {"x-should-retry": should_retry, **self.headers}
+        return JsonResponse(self.to_body(), self.status, headers=headers)
 
 
 class _Kind(NamedTuple):
@@ -96,7 +101,7 @@ def never_fits(error: CapacityError, param: str) -> ApiError:
 def map_error(error: Exception, *, param: str | None = None) -> ApiError:
     """Any error as an answer; `param` is the field at fault where the message names none.
 
-    What nobody foresaw is a 500 that says nothing of the inside; the log has it.
+    What nobody foresaw is a 500 that says nothing of the inside, and goes to the log.
     """
     if isinstance(error, ApiError):
         return error
@@ -108,6 +113,7 @@ def map_error(error: Exception, *, param: str | None = None) -> ApiError:
                 param=(named.group() if named else param) if kind.status == 400 else None,
                 headers=_retry_headers(kind.retry_after) if kind.retry_after else None,
             )  # fmt: skip
+    _log.error("a request failed", exc_info=error)
     return ApiError(
         500, "the server failed; the log says where", type="server_error", code="internal_error"
     )

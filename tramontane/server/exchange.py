@@ -11,12 +11,18 @@ from starlette.requests import Request as HttpRequest
 
 from tramontane import __version__
 from tramontane.engine.completion import Completion
+from tramontane.engine.constraint import Constraint
 from tramontane.engine.request import Request, RoutingWanted
 from tramontane.engine.sampling_params import SamplingParams
 from tramontane.server.errors import invalid
 from tramontane.server.generation import Generation
 from tramontane.server.logprobs import TokenNames
-from tramontane.server.params import build_params, find_defaults, list_deprecated
+from tramontane.server.params import (
+    build_constraint,
+    build_params,
+    find_defaults,
+    list_deprecated,
+)
 from tramontane.server.ports import ServingEngine
 from tramontane.server.prompts import Prompt, fit
 from tramontane.server.protocol.answers import Safety, Usage
@@ -50,6 +56,9 @@ class Exchange:
         self.created = int(time.time())
         self.names = TokenNames(self.engine.tokenizer)
         self.is_prefixed = needs_prefix(self.fields, self.state.settings.safe_prompt)
+        self._constraint_param: str | None
+        self._constraint: Constraint | None
+        self._constraint_param, self._constraint = build_constraint(self.fields)
 
     def add_prompts(
         self, prompts: Sequence[Prompt], *, max_tokens: int | None, default: int | None,
@@ -67,12 +76,12 @@ class Exchange:
             default = self.engine.default_params.max_tokens
         for prompt in prompts:
             fitted, room = fit(
-                prompt, self.engine.model, max_tokens=max_tokens, default=default,
+                prompt, self.engine, max_tokens=max_tokens, default=default,
                 truncate=self.fields.truncate_prompt_tokens, param=self.param,
             )  # fmt: skip
             params = build_params(
                 self.fields, defaults, self.engine.model, max_tokens=room, logprobs=logprobs,
-                echoes_logprobs=echoes_logprobs,
+                constraint=self._constraint, echoes_logprobs=echoes_logprobs,
             )  # fmt: skip
             self.prompts.append(fitted)
             self.params.append(params)
@@ -83,13 +92,15 @@ class Exchange:
         requests = [
             Request(
                 prompt_ids=prompt.ids, params=params, starts_text=prompt.starts_text,
-                routing=self._find_routing(), tenant=find_tenant(self.http, self.fields.cache_salt),
+                routing=self._find_routing(), tenant=self.http.state.tenant,
+                cache_salt=self.fields.cache_salt or "",
             )
             for prompt, params in zip(self.prompts, self.params, strict=True)
         ]  # fmt: skip
         return Generation(
             self.state, requests, receive=self.http.receive,
             started_at=self.http.state.started_at, param=self.param,
+            constraint_param=self._constraint_param,
         )  # fmt: skip
 
     @property
@@ -153,8 +164,11 @@ class Exchange:
         return self.state.settings.enable_return_routed_experts and is_moe
 
     def _bound_answer(self, param: str) -> None:
-        """Raises ApiError 400 if what is wanted of the prompts' tokens would fill the memory."""
-        num_tokens = sum(len(prompt.ids) for prompt in self.prompts)
+        """Raises ApiError 400 if what is wanted of the prompts' tokens would fill the memory.
+
+        Each answer lists those of its prompt.
+        """
+        num_tokens = self.params[0].n * sum(len(prompt.ids) for prompt in self.prompts)
         top, model = self.params[0].prompt_logprobs, self.engine.model
         if top is not None and num_tokens * (top + 1) > MAX_SCORES:
             raise invalid(
@@ -162,11 +176,12 @@ class Exchange:
                 f"scores: lower {param}, or send several requests",
                 param,
             )
-        num_routed = num_tokens * model.n_layers * (model.num_experts_per_tok or 0)
-        if self.fields.return_routing == "all" and num_routed > MAX_ROUTED:
+        per_token = self.params[0].experts_per_token or model.num_experts_per_tok or 0
+        num_routed = num_tokens * model.n_layers * per_token
+        if self._find_routing() == "all" and num_routed > MAX_ROUTED:
             raise invalid(
-                f"return_routing is all, and {num_tokens} tokens of prompts have {num_routed} "
-                f"experts; at most {MAX_ROUTED} are listed: send several requests",
+                f"the {num_tokens} tokens of prompts have {num_routed} experts; at most "
+                f"{MAX_ROUTED} are listed: send several requests",
                 "return_routing",
             )
 
@@ -174,12 +189,6 @@ class Exchange:
         if self._returns_routed_experts:
             return "all"
         return self.fields.return_routing or "none"
-
-
-def find_tenant(http: HttpRequest, salt: str | None) -> str:
-    """Who shares cached prefixes: requests of one key, and of one salt if they have one."""
-    tenant: str = http.state.tenant
-    return tenant if salt is None else f"{tenant}\n{salt}"
 
 
 def note_unknown(state: ServerState, fields: ApiRequest) -> dict[str, str]:

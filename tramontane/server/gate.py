@@ -90,7 +90,7 @@ class _Passage:
         except ApiError as error:
             await self._answer(error, receive)
         except Exception as error:  # whatever a route did not foresee must not end the connection
-            _log.error("%s: failed", self.request_id, exc_info=error)
+            _log.error("%s: failed", self.request_id)
             await self._answer(map_error(error), receive)
         self._write_log()
 

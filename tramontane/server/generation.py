@@ -45,15 +45,17 @@ class Answer(NamedTuple):
 class Generation:
     """The answers to the requests of one HTTP request; use it in `async with`.
 
-    Raises ApiError on entering if the engine refuses one of them; `param` is then at fault.
+    Raises ApiError on entering if the engine refuses one of them; `param` is then at fault, and of
+    what it refuses later `constraint_param`.
     """
 
     def __init__(
         self, state: ServerState, requests: Sequence[Request], *,
-        receive: Receive, started_at: float, param: str,
+        receive: Receive, started_at: float, param: str, constraint_param: str | None = None,
     ) -> None:  # fmt: skip
         self._state, self._requests, self._receive = state, requests, receive
         self._started_at, self._param = started_at, param
+        self._constraint_param = constraint_param
         self._streams: list[AnswerStream] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._news: asyncio.Queue[list[Update] | Exception] = asyncio.Queue()
@@ -126,8 +128,10 @@ class Generation:
                 self._news.put_nowait([_number(update, first) for update in updates])
             if num_ended < num_answers:
                 raise EngineError("the engine left an answer unfinished")
+        except CapacityError as error:
+            self._news.put_nowait(never_fits(error, self._param))
         except Exception as error:  # any failure of the engine is the request's, and ends it
-            self._news.put_nowait(map_error(error))
+            self._news.put_nowait(map_error(error, param=self._constraint_param))
 
     async def _beat(self, seconds: float) -> None:
         """One timer for a stream, not one for each token."""

@@ -40,7 +40,8 @@ def find_defaults(engine: ServingEngine) -> SamplingParams:
 
 def build_params(
     fields: SamplingFields, defaults: SamplingParams, model: ServedModel, *,
-    max_tokens: int, logprobs: int | None, echoes_logprobs: bool = False,
+    max_tokens: int, logprobs: int | None, constraint: Constraint | None,
+    echoes_logprobs: bool = False,
 ) -> SamplingParams:  # fmt: skip
     """The engine's settings. Raises ApiError 400 and RequestError, naming the field.
 
@@ -60,7 +61,7 @@ def build_params(
         given[name] = _check_ids(getattr(fields, name) or (), name, model)
     given["logit_bias"] = _read_bias(fields.logit_bias or {}, model)
     given["prompt_logprobs"] = logprobs if echoes_logprobs else _read_prompt_logprobs(fields)
-    given["constraint"] = build_constraint(fields)
+    given["constraint"] = constraint
     return replace(defaults, **given)
 
 
@@ -69,8 +70,8 @@ def list_deprecated(fields: SamplingFields) -> list[str]:
     return [name for name in (*_GUIDED, "safe_mode") if getattr(fields, name) is not None]
 
 
-def build_constraint(fields: SamplingFields) -> Constraint | None:
-    """What the answer must be, from one of three places. Raises ApiError 400, RequestError."""
+def build_constraint(fields: SamplingFields) -> tuple[str, Constraint] | tuple[None, None]:
+    """What the answer must be, and the field that says so. Raises ApiError 400, RequestError."""
     found = [*_from_response_format(fields), *_from_structured_outputs(fields)]
     found += [
         _make(kind, getattr(fields, name), name)
@@ -80,7 +81,7 @@ def build_constraint(fields: SamplingFields) -> Constraint | None:
     if len(found) > 1:
         names = " and ".join(name for name, _ in found)
         raise invalid(f"{names} are both set: an answer has one form", found[1][0])
-    return found[0][1] if found else None
+    return found[0] if found else (None, None)
 
 
 def _check_combinations(fields: SamplingFields, model: ServedModel, max_tokens: int) -> None:

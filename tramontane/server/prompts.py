@@ -19,11 +19,15 @@ _Result = TypeVar("_Result")
 
 
 class Prompt(NamedTuple):
-    """`text` is what a client may see again (`echo`); `starts_text` is the engine's."""
+    """`text` is what a client may see again (`echo`); `starts_text` is the engine's.
+
+    The first `num_fixed` ids hold the safety prefix: they are never cut off.
+    """
 
     ids: list[int]
     text: str = ""
     starts_text: bool = False
+    num_fixed: int = 0
 
 
 async def write_chat_prompt(
@@ -44,7 +48,11 @@ async def write_chat_prompt(
     ids = await run_aside(
         size, lambda: chat_format.encode(plain, engine.tokenizer, continue_final=continue_final)
     )
-    return Prompt(ids, starts_text=engine.chat_format is not None and not continue_final)
+    return Prompt(
+        ids,
+        starts_text=engine.chat_format is not None and not continue_final,
+        num_fixed=len(ids) if is_prefixed else 0,  # the format has it within a message
+    )
 
 
 async def write_completion_prompts(
@@ -68,17 +76,21 @@ async def write_completion_prompts(
         with blame(param):
             all_ids = await run_aside(size, lambda: tokenizer.encode_batch(texts))
         start = [tokenizer.bos_id] if has_bos else []
-        return [Prompt(start + ids, text) for ids, text in zip(all_ids, texts, strict=True)]
+        return [
+            Prompt(start + ids, text, num_fixed=_count_prefix(start + ids, prefix, engine))
+            for ids, text in zip(all_ids, texts, strict=True)
+        ]
     require_ids(several, engine.model.vocab_size, param)
     if must_fit and (count := max(map(len, several))) > engine.model.max_seq_len:
         raise _too_long(f"{count} tokens", engine.model, param)
     if prefix:
         prefix_ids = tokenizer.encode(prefix)
         several = [_insert_prefix(prefix_ids, ids, tokenizer.bos_id) for ids in several]
-    texts = await run_aside(
-        size, lambda: [tokenizer.decode(_only_known(ids, engine)) for ids in several]
-    )
-    return [Prompt(list(ids), text) for ids, text in zip(several, texts, strict=True)]
+    texts = await run_aside(size, lambda: [_decode(ids, engine) for ids in several])
+    return [
+        Prompt(list(ids), text, num_fixed=_count_prefix(ids, prefix, engine))
+        for ids, text in zip(several, texts, strict=True)
+    ]
 
 
 def read_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
@@ -86,7 +98,8 @@ def read_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     plain = []
     for number, message in enumerate(messages):
         where = f"messages.{number}"
-        if message.role == "tool" or message.tool_calls:
+        is_call = message.tool_calls or (message.model_extra or {}).get("function_call")
+        if message.role == "tool" or is_call:
             raise unsupported(where, "this model has no format for tools")
         role = "system" if message.role == "developer" else message.role
         plain.append({"role": role, "content": _read_content(message, f"{where}.content")})
@@ -94,25 +107,49 @@ def read_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
 
 
 def fit(
-    prompt: Prompt, model: ServedModel, *, max_tokens: int | None, default: int | None,
+    prompt: Prompt, engine: ServingEngine, *, max_tokens: int | None, default: int | None,
     truncate: int | None, param: str,
 ) -> tuple[Prompt, int]:  # fmt: skip
     """The prompt, cut at its beginning only if the client asks, and how long the answer may be.
 
-    What the client does not say is `default`, or all the room. Raises ApiError 400, blaming
-    `param`: nothing is shortened in silence.
+    What the client does not say is `default`, or all the room. `truncate` is how many ids to keep;
+    -1: those that fit beside the answer. Raises ApiError 400, blaming `param`: nothing is shortened
+    in silence.
     """
+    model = engine.model
     size = model.max_seq_len
     if truncate is not None:
-        keep = max(1, size - (max_tokens or 1)) if truncate == -1 else truncate
-        prompt = prompt._replace(ids=prompt.ids[-keep:])
+        wanted = default if max_tokens is None else max_tokens
+        if truncate == -1 and wanted is None and len(prompt.ids) >= size:
+            raise invalid(
+                "truncate_prompt_tokens is -1, so max_tokens must say for how many tokens of the "
+                "answer the prompt has to leave room",
+                "max_tokens",
+            )
+        keep = max(1, size - (wanted or 1)) if truncate == -1 else truncate
+        prompt = _cut(prompt, keep, engine)
     room = size - len(prompt.ids)
     if room < (1 if max_tokens is None else max_tokens):
-        wanted = "" if max_tokens is None else f" and max_tokens is {max_tokens}"
-        raise _too_long(f"{len(prompt.ids)} tokens{wanted}", model, param)
+        answer = "" if max_tokens is None else f" and max_tokens is {max_tokens}"
+        raise _too_long(f"{len(prompt.ids)} tokens{answer}", model, param)
     if max_tokens is None:
         max_tokens = room if default is None else min(default, room)
     return prompt, max_tokens
+
+
+def _cut(prompt: Prompt, keep: int, engine: ServingEngine) -> Prompt:
+    """Its last `keep` ids, the safety prefix among them. Raises ApiError 400 if that is longer."""
+    ids, num_fixed = prompt.ids, prompt.num_fixed
+    if len(ids) <= keep:
+        return prompt
+    if keep <= num_fixed:
+        raise invalid(
+            f"truncate_prompt_tokens leaves {keep} tokens of {len(ids)}, but the first {num_fixed} "
+            f"hold the safety prefix, which is never cut off: shorten the prompt",
+            "truncate_prompt_tokens",
+        )
+    ids = ids[:num_fixed] + ids[len(ids) - keep + num_fixed :]
+    return prompt._replace(ids=ids, text=_decode(ids, engine) if prompt.text else "")
 
 
 def require_ids(prompts: Sequence[Sequence[int]], vocab_size: int, param: str) -> None:
@@ -196,9 +233,19 @@ def _insert_prefix(prefix: list[int], ids: list[int], bos_id: int) -> list[int]:
     return [*ids[:at], *prefix, *ids[at:]]
 
 
-def _only_known(ids: Sequence[int], engine: ServingEngine) -> list[int]:
+def _count_prefix(ids: Sequence[int], prefix: str, engine: ServingEngine) -> int:
+    """How many of the first ids hold the safety prefix."""
+    if not prefix:
+        return 0
+    count = len(engine.tokenizer.encode(prefix)) - 1  # its last token may have merged with the text
+    while count < len(ids) and not _decode(ids[:count], engine).startswith(prefix):
+        count += 1
+    return count
+
+
+def _decode(ids: Sequence[int], engine: ServingEngine) -> str:
     """A model's head may be larger than its vocabulary; such ids have no text."""
-    return [i for i in ids if i < engine.tokenizer.vocab_size]
+    return engine.tokenizer.decode([i for i in ids if i < engine.tokenizer.vocab_size])
 
 
 async def run_aside(size: int, work: Callable[[], _Result]) -> _Result:

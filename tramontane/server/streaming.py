@@ -4,7 +4,6 @@ The status waits for the first news, so that a request that fails at once gets a
 later failure is an event with the error, and no [DONE].
 """
 
-import logging
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Protocol
 
@@ -12,11 +11,10 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tramontane.server.body import ClientLeft
-from tramontane.server.errors import ApiError, map_error
+from tramontane.server.errors import map_error
 from tramontane.server.generation import HEARTBEAT, Generation, Update
 from tramontane.server.json_text import dump_json
 
-_log = logging.getLogger("tramontane.server")
 _HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 _COMMENT = b": still working\n\n"
 # What the OpenAPI document says of an answer that may be a stream.
@@ -85,8 +83,6 @@ class EventStream(Response):
         except ClientLeft:
             raise
         except Exception as error:  # headers are out: the error can only be an event
-            if not isinstance(error, ApiError):
-                _log.error("a stream failed", exc_info=error)
             await write(_format([map_error(error).to_body()]), more=False)
         finally:
             await self._generation.__aexit__()

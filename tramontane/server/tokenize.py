@@ -6,6 +6,7 @@ from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 
 from tramontane.server.errors import blame, invalid
+from tramontane.server.exchange import note_unknown
 from tramontane.server.json_text import JsonResponse
 from tramontane.server.logprobs import TokenNames
 from tramontane.server.prompts import (
@@ -16,6 +17,7 @@ from tramontane.server.prompts import (
     write_completion_prompts,
 )
 from tramontane.server.protocol.tokenizing import (
+    TOKENIZE_UNSUPPORTED,
     DetokenizeAnswer,
     DetokenizeRequest,
     TokenizeAnswer,
@@ -32,6 +34,7 @@ State = Annotated[ServerState, Depends(get_state)]
 @router.post("/tokenize", responses={200: {"model": TokenizeAnswer}})
 async def tokenize(body: TokenizeRequest, state: State) -> Response:
     """The ids of a text, or of a conversation as the model reads it."""
+    body.require_supported(TOKENIZE_UNSUPPORTED)
     engine = state.require_engine(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise invalid("send either prompt or messages", "prompt")
@@ -39,6 +42,7 @@ async def tokenize(body: TokenizeRequest, state: State) -> Response:
     if control_id is not None and body.add_special_tokens is False:
         prompt = Prompt([control_id])  # lm-eval asks so for the id of "<s>"
     elif body.messages is not None:
+        body.require_supported({"add_special_tokens": "the chat format writes the special tokens"})
         with blame("messages"):
             prompt = await write_chat_prompt(
                 body.messages, engine, is_prefixed=state.settings.safe_prompt == "always",
@@ -49,7 +53,7 @@ async def tokenize(body: TokenizeRequest, state: State) -> Response:
             body.prompt or "", engine, param="prompt", is_prefixed=False,
             add_special_tokens=body.add_special_tokens is not False, must_fit=False,
         )  # fmt: skip
-    names = TokenNames(engine.tokenizer)
+    names, headers = TokenNames(engine.tokenizer), note_unknown(state, body)
 
     def write() -> Response:
         answer: TokenizeAnswer = {
@@ -58,17 +62,18 @@ async def tokenize(body: TokenizeRequest, state: State) -> Response:
             "tokens": prompt.ids,
             "token_strs": names.name_all(prompt.ids) if body.return_token_strs else None,
         }
-        return JsonResponse(answer)
+        return JsonResponse(answer, headers=headers)
 
     return await run_aside(len(prompt.ids), write)
 
 
 @router.post("/detokenize")
-async def detokenize(body: DetokenizeRequest, state: State) -> DetokenizeAnswer:
+async def detokenize(body: DetokenizeRequest, state: State, response: Response) -> DetokenizeAnswer:
     """The text of ids; control tokens are silent."""
     engine = state.require_engine(body.model)
     if body.tokens:
         require_ids([body.tokens], engine.tokenizer.vocab_size, "tokens")
+    response.headers.update(note_unknown(state, body))
     text = await run_aside(len(body.tokens), lambda: engine.tokenizer.decode(body.tokens))
     return {"prompt": text}
 

@@ -61,6 +61,30 @@ def test_what_came_before_a_failure_is_kept(visit, answer, message):
         assert page.locator("#failure").is_hidden()
 
 
+def test_a_conversation_is_answered_anew(visit):
+    """An answer that broke off is not gone on with; without new words nothing is sent."""
+    answers = [
+        lambda: [say("Half", is_chat=True)],
+        lambda: [say("Whole.", is_chat=True), *end_stream(3)],
+    ]
+    model = describe_model("m", chat_format=True, **DENSE)
+    with serve_script(Script([model], lambda _: answers.pop(0)())) as script:
+        page = visit(script.url)
+        wait_for_model(page)
+        ask(page, "Hello")
+        assert read_answers(page) == ["AnswerHalf"]
+        page.locator("#failure button", has_text="Try again").click()
+        wait_until(lambda: len(script.bodies) == 2, page)
+        wait_for_answer(page)
+        assert script.bodies[1]["messages"] == [{"role": "user", "content": "Hello"}]
+        assert read_answers(page) == ["AnswerWhole."]
+        assert page.locator("#send").is_disabled()
+        page.focus("#prompt")
+        page.keyboard.press("Control+Enter")
+        page.wait_for_timeout(100)
+        assert (len(script.bodies), page.locator("#failure").is_hidden()) == (2, True)
+
+
 def test_a_model_that_says_nothing_leaves_nothing(visit):
     piece = {"text": "", "token_id": 2, "experts": None, "weights": None}
     answer = [say("", is_chat=False, routing=[piece]), *end_stream(1)]

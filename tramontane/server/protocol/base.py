@@ -22,8 +22,13 @@ class ApiModel(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
 
     def list_unknown(self) -> list[str]:
-        """Names of the fields that no interface served here knows."""
-        return list(self.model_extra or ())
+        """Names of the fields that no interface served here knows, those within others too."""
+        names = list(self.model_extra or ())
+        for name, value in self:
+            parts = value if isinstance(value, list) else [value]
+            inner = [part.list_unknown() for part in parts if isinstance(part, ApiModel)]
+            names += dict.fromkeys(f"{name}.{inside}" for one in inner for inside in one)
+        return names
 
     def require_supported(self, remedies: dict[str, str]) -> None:
         """Raises ApiError 400 for a field that asks for what is not served.

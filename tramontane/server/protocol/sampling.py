@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from tramontane.engine.sampling_params import MAX_LISTED_IDS, MAX_STOP_LENGTH, MAX_STOPS
 from tramontane.server.protocol.base import (
@@ -23,6 +23,12 @@ def _bound_bias(value: Any) -> Any:
     return value
 
 
+def _refuse_zero(value: int) -> int:
+    if value == 0:
+        raise ValueError("say how many tokens to keep, or -1 for those that fit")
+    return value
+
+
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 StopTexts = Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOPS)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_LISTED_IDS)]
@@ -31,6 +37,11 @@ BiasMap = Annotated[dict[str, Bias], Field(max_length=MAX_LISTED_IDS), BeforeVal
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 TokenCount = Annotated[int, Field(ge=0, le=1_000_000)]
+KeptTokens = Annotated[
+    int,
+    Field(ge=-1, le=1_000_000, json_schema_extra={"not": {"const": 0}}),
+    AfterValidator(_refuse_zero),
+]
 NumAnswers = Annotated[int, Field(ge=1, le=128)]
 NumLogprobs = Annotated[int, Field(ge=0, le=20)]
 _OLD = Field(json_schema_extra={"deprecated": True})  # pydantic's own mark warns when it is read
@@ -74,7 +85,7 @@ class SamplingFields(ApiRequest):
     allowed_token_ids: TokenIds | None = None
     prompt_logprobs: NumLogprobs | bool | None = None
     top_prompt_logprobs: NumLogprobs | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=1_000_000)] | None = None
+    truncate_prompt_tokens: KeptTokens | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None

@@ -6,7 +6,11 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from tramontane.server.protocol.base import MAX_ENCODED, ApiRequest, TokenId
-from tramontane.server.protocol.chat import Messages
+from tramontane.server.protocol.chat import CHAT_UNSUPPORTED, Messages
+
+TOKENIZE_UNSUPPORTED = {
+    name: CHAT_UNSUPPORTED[name] for name in ("chat_template", "chat_template_kwargs", "documents")
+} | {"tools": CHAT_UNSUPPORTED["functions"]}
 
 
 class TokenizeRequest(ApiRequest):

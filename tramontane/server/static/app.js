@@ -110,7 +110,7 @@ function drawComposer({ isRunning, isStory, isEmpty }) {
   const keys = isRunning ? "Esc" : isStory ? "Ctrl+Enter" : "Enter";
   byId("send").replaceChildren(makeIcon(isRunning ? "stop" : isStory ? "wind" : "send"), label);
   byId("send").title = keys;
-  byId("send").disabled = !isRunning && isEmpty && !prompt.value.trim();
+  setSendState();
   byId("undo").disabled = byId("again").disabled = byId("edit").disabled = isRunning || isEmpty;
   byId("copy").disabled = isEmpty;
   byId("edit").hidden = !isStory;
@@ -141,7 +141,7 @@ function drawFailure(isRetrying = false) {
 }
 
 function listRemedies({ code, status }) {
-  const remedies = [["Try again", () => (models.length ? session.run() : connect())]];
+  const remedies = [["Try again", () => (models.length ? session.retry() : connect())]];
   if (status === 401) remedies.unshift(["Give a key", () => apiKey.ask()]);
   if (code === "context_length_exceeded" && session.isStory) {
     remedies.unshift(["Go on from the end of the text", () => session.cutToContext()]);
@@ -203,9 +203,12 @@ async function copy() {
 function resizePrompt() {
   prompt.style.setProperty("height", "auto");
   prompt.style.setProperty("height", `${prompt.scrollHeight}px`);
-  if (session.conversation) {
-    byId("send").disabled = !session.isRunning && !session.messages.length && !prompt.value.trim();
-  }
+  if (session.conversation) setSendState();
+}
+
+function setSendState() {
+  const { isRunning, canGoOn } = session;
+  byId("send").disabled = !isRunning && !canGoOn && !prompt.value.trim();
 }
 
 function onKey(event) {

@@ -29,6 +29,11 @@ export class Session {
     return this.conversation.mode === "story";
   }
 
+  // Whether there is something for the model to answer, or to continue.
+  get canGoOn() {
+    return this.isStory ? this.messages.length > 0 : this.messages.at(-1)?.role === "user";
+  }
+
   open(conversation) {
     this.stop();
     this.conversation = conversation;
@@ -43,7 +48,7 @@ export class Session {
 
   // Adds the user's words, if any, and lets the model go on.
   send(text) {
-    if (this.isRunning || !(text.trim() || this.messages.length)) return;
+    if (this.isRunning || !(text.trim() || this.canGoOn)) return;
     if (text.trim()) {
       const words = this.isStory ? spaceOut(joinStory(this.messages), text) : text.trim();
       this.messages.push({ role: "user", text: words });
@@ -151,6 +156,11 @@ export class Session {
     if (this.messages.at(-1)?.role === "assistant") this.messages.pop();
     this.transcript.show(this.conversation);
     this.run();
+  }
+
+  // After an answer that broke off: a story goes on from there, a conversation is answered anew.
+  retry() {
+    return this.isStory ? this.run() : this.again();
   }
 
   replaceText(text) {
