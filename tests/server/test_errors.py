@@ -205,7 +205,9 @@ def test_a_call_of_a_tool_is_no_empty_answer(server):
             {"role": "assistant", "content": None, **call},
             {"role": "user", "content": "x"},
         ]
-        require_error(server.chat(messages=messages), 400, param="messages.0")
+        require_error(
+            server.chat(messages=messages), 400, code="unsupported_field", param="messages.0"
+        )
 
 
 def test_half_a_character_is_refused(server):
