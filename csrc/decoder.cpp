@@ -27,7 +27,8 @@ class Pieces {
 
 // Whether inputs prepared for one are right for the other.
 bool can_share_inputs(const Weight& a, const Weight& b) {
-  return (a.bits == 0) == (b.bits == 0) && a.group == b.group;
+  const bool are_plain = a.bits == 0 && b.bits == 0 && a.type == b.type;
+  return (are_plain || (a.bits != 0 && b.bits != 0)) && a.group == b.group;
 }
 
 double read_clock() {

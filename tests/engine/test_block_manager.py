@@ -90,6 +90,30 @@ def test_a_digest_that_collides_is_not_believed(monkeypatch):
         cache.check()
 
 
+def test_what_stands_behind_a_lost_block_is_not_in_the_way():
+    """Block 0 is written over before block 1; computed again, both are found again."""
+    blocks = BlockManager(5, block_size=4, window=4)
+    owner, other = make_owner(12), make_owner(12, seed=1)
+    run_whole(blocks, owner)
+    blocks.free(owner)
+    assert blocks.reserve(other, 12)  # the blank blocks, and the longest unused: block 0
+    blocks.free(other)
+    for num_kept in (0, 8):
+        again = Owner(list(owner.token_ids), ROOT)
+        assert run_whole(blocks, again) == num_kept
+        blocks.free(again)
+
+
+def test_what_is_kept_can_be_forgotten():
+    blocks = BlockManager(10, block_size=4)
+    owner = make_owner(12)
+    run_whole(blocks, owner)
+    blocks.free(owner)
+    blocks.forget_kept()
+    blocks.check_integrity([])
+    assert run_whole(blocks, Owner(list(owner.token_ids), ROOT)) == 0
+
+
 def test_digests_are_keyed():
     """Without the secret nobody can compute which prompts share a digest."""
     digests = []

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,8 @@ from tests.engine.sequences import (
 )
 from tests.oracles.hf import to_hf_model
 from tests.tiny import make_config, make_model, make_tokens
+from tramontane.config import MoeConfig
+from tramontane.config.moe import SwitchOptions
 from tramontane.engine import kv_cache
 from tramontane.engine.engine import Engine
 from tramontane.engine.limits import EngineLimits
@@ -23,6 +26,7 @@ from tramontane.errors import (
     ContextError,
     RequestError,
 )
+from tramontane.server.routing_json import describe_prompt
 
 
 def generate_hf(hf_model, prompt, max_new_tokens):
@@ -215,3 +219,23 @@ def test_failed_allocation_names_the_bytes(monkeypatch):
 def test_impossible_limits_are_refused(limits, message):
     with pytest.raises(ConfigError, match=message):
         EngineLimits(**limits)
+
+
+def test_a_capacity_outside_of_training_is_refused():
+    """A token's experts would depend on the requests beside it."""
+    options = SwitchOptions(eval_capacity_factor=1.25)
+    moe = MoeConfig(router="switch", num_experts_per_tok=1, router_options=options)
+    with pytest.raises(ConfigError, match=r"eval_capacity_factor is 1\.25"):
+        make_engine(make_model(make_config(moe=moe)))
+
+
+def test_a_dropped_first_expert_hides_no_second():
+    """Of a slot that is empty the place stays."""
+    answer = make_sequence([5, 6, 7], routing="all").answer
+    experts = np.array([[[-1, 3, -1]], [[2, -1, -1]], [[-1, -1, -1]]], dtype=np.int16)
+    answer.record_routing(0, experts, np.abs(experts) / 10)
+    completion = answer.build_completion("stop", None)
+    assert completion.selected_experts.tolist() == [[[-1, 3]], [[2, -1]], [[-1, -1]]]
+    listed = describe_prompt(completion, [5, 6, 7], ["a", "b", "c"])
+    assert [piece["experts"] for piece in listed] == [[[3]], [[2]], [[]]]
+    assert [piece["weights"] for piece in listed] == [[[0.3]], [[0.2]], [[]]]

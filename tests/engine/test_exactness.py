@@ -20,6 +20,7 @@ from tests.engine.sequences import (
 )
 from tests.tiny import make_config, make_model, make_tokens
 from tramontane import LLM
+from tramontane.config import MoeConfig
 from tramontane.engine.completion import Completion
 from tramontane.engine.sampling_params import SamplingParams
 from tramontane.models.transformer import Transformer
@@ -62,10 +63,11 @@ def assert_equal(ours: list[Completion], theirs: list[Completion], *, bits: bool
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_dense_model_has_the_same_bits_too(dtype, choose_kernels):
-    """E01: layer by layer, as the extension has no dense layers as one call."""
+@pytest.mark.parametrize("moe", [None, MoeConfig(residual=True)], ids=["dense", "residual"])
+def test_a_model_layer_by_layer_has_the_same_bits_too(moe, dtype, choose_kernels):
+    """E01: the extension has no such layers as one call."""
     choose_kernels("native")
-    model = make_model(make_config(moe=None, hidden_dim=100)).to(dtype)
+    model = make_model(make_config(moe=moe, hidden_dim=100)).to(dtype)
     asked = [(PROMPTS[i], params) for i, params in enumerate([*PARAMS[:3], PARAMS[5]] * 2)]
     quiet = make_engine(model, use_prefix_cache=False)
     alone = [finish_all(quiet, make_sequence(*one))[0] for one in asked]

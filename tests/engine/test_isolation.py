@@ -1,6 +1,7 @@
 """One request that fails ends alone, and no block is lost (rows E13, E14, K10, A14 in part)."""
 
 import pytest
+import torch
 
 from tests.engine.sequences import (
     GREEDY,
@@ -16,7 +17,7 @@ from tramontane.engine import output_processor
 from tramontane.engine.block_manager import BlockManager
 from tramontane.engine.model_runner import ModelRunner
 from tramontane.engine.sampling_params import SamplingParams
-from tramontane.errors import CapacityError, EngineError, RequestError
+from tramontane.errors import CapacityError, CheckpointError, EngineError, RequestError
 
 PROMPTS = [make_tokens(length, seed=length).tolist() for length in (5, 20, 33)]
 
@@ -98,6 +99,50 @@ def test_a_defect_after_the_pass_ends_the_requests_in_it(model, alone, monkeypat
     late = make_sequence(PROMPTS[1])
     run_to_end(engine, late)
     assert list(late.build_completion().token_ids) == alone[1]
+
+
+def test_a_failure_after_a_fork_ends_all_answers(model, alone, monkeypatch):
+    """They hold the prompt's blocks and have no token yet: nobody could run them."""
+    engine = make_engine(model)
+    forked = make_sequences(PROMPTS[0], SamplingParams(n=3, max_tokens=5))
+    break_at(monkeypatch, output_processor, "choose_tokens", 1, MemoryError("odd"))
+    engine.add(forked[0])
+    assert set(engine.step()) == set(forked)
+    assert {type(sequence.error) for sequence in forked} == {EngineError}
+    late = make_sequence(PROMPTS[1])
+    run_to_end(engine, late)
+    assert list(late.build_completion().token_ids) == alone[1]
+
+
+def test_who_has_ended_in_a_pass_that_fails_is_told(model, monkeypatch):
+    engine = make_engine(model)
+    embedded = make_sequence(PROMPTS[0], SamplingParams(max_tokens=0), wants_embedding=True)
+    sampled = make_sequence(PROMPTS[1])
+    break_at(monkeypatch, output_processor, "choose_tokens", 1, MemoryError("odd"))
+    engine.add(embedded)
+    engine.add(sampled)
+    assert set(engine.step()) == {embedded, sampled}
+    assert embedded.build_completion().embedding is not None
+    assert isinstance(sampled.error, EngineError)
+    engine.check_integrity()
+    assert engine.num_cache_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("params", "options"),
+    [
+        (SamplingParams(max_tokens=0, prompt_logprobs=1), {}),
+        (SamplingParams(max_tokens=0), {"wants_embedding": True}),
+        (SamplingParams(max_tokens=1), {}),
+    ],
+)
+def test_damaged_scores_are_no_answer(params, options):
+    damaged = make_model()
+    with torch.no_grad():
+        damaged.norm.weight[0] = float("nan")
+    sequence = make_sequence(PROMPTS[0], params, **options)
+    run_to_end(make_engine(damaged), sequence)
+    assert isinstance(sequence.error, CheckpointError)
 
 
 def test_a_decoder_that_fails_ends_its_own_request(model, alone):

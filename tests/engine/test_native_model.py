@@ -6,9 +6,14 @@ import pytest
 import torch
 
 from tests.engine.paged import PagedSequences
+from tests.engine.sequences import finish_all, generate, make_engine, make_sequence
 from tests.tiny import make_config, make_model, make_tokens
-from tramontane.config import ModelConfig
-from tramontane.engine.native_model import NativeModel, build_native_model
+from tramontane.config import ModelConfig, MoeConfig
+from tramontane.engine.native_model import (
+    NativeModel,
+    build_native_model,
+    list_tensor_states,
+)
 from tramontane.kernels.native_decoder import DecoderResults
 from tramontane.models.transformer import ForwardOutput, Transformer
 from tramontane.nn.attention import Attention
@@ -87,15 +92,40 @@ def merge_in_place(model: Transformer) -> None:
     wq.weight.data = wq.weight.data + 1
 
 
-@pytest.mark.parametrize("change", [replace_weight, assign_weights, merge_in_place])
+@torch.no_grad()
+def step_in_place(model: Transformer) -> None:
+    model.layers[0].attention.wq.weight.add_(1)
+
+
+CHANGES = [replace_weight, assign_weights, merge_in_place, step_in_place]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("moe", [MoeConfig(), None], ids=["sparse", "dense"])
+def test_nothing_is_kept_of_other_weights(
+    change: Callable[[Transformer], None], moe: MoeConfig | None
+) -> None:
+    """Not the beginning of a prompt either: its keys and values are those of before."""
+    model, prompt = make_model(make_config(moe=moe)), make_tokens(40).tolist()
+    engine = make_engine(model)
+    finish_all(engine, make_sequence(prompt))
+    change(model)
+    [completion] = finish_all(engine, make_sequence(prompt))
+    assert list(completion.token_ids) == generate(model, prompt)
+    assert completion.num_cached_tokens == 0
+    [completion] = finish_all(engine, make_sequence(prompt))
+    assert completion.num_cached_tokens == 32
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_model_with_other_weights_is_another(change: Callable[[Transformer], None]) -> None:
     """The engine looks before each request; what runs reads memory that is still there."""
     model = make_model(make_config())
-    native = build_native_model(model)
+    native, before = build_native_model(model), list_tensor_states(model)
     assert native is not None
-    assert native.is_current()
+    assert list_tensor_states(model) == before
     change(model)
-    assert not native.is_current()
+    assert list_tensor_states(model) != before
     with torch.inference_mode():
         assert PagedSequences(model).run_natively(native, make_tokens(3), [3]) is not None
 

@@ -225,3 +225,13 @@ def test_a_pool_at_half_of_the_need_serves_everyone_in_bounded_time():
     assert len(ends) == 32
     assert simulation.scheduler.num_preemptions <= 3 * 32
     assert max(ends.values()) <= 3 * sum(ends.values()) / 32
+
+
+def test_a_kept_beginning_counts_towards_what_a_prompt_holds():
+    """Behind a window: the blocks that it has already are among the most that it ever needs."""
+    simulation = Simulation(num_blocks=4, window=6)
+    for sequence in (make_sequence(5, max_tokens=1), make_sequence(40, max_tokens=1)):
+        simulation.scheduler.add(sequence)
+        while simulation.scheduler.num_unfinished:
+            simulation.step()
+        assert sequence.is_finished

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from tramontane.errors import ConfigError
+
 if TYPE_CHECKING:
     from tramontane.models.transformer import Transformer
     from tramontane.tokenizer.tokenizer import Tokenizer
@@ -163,12 +165,18 @@ def train(
 
 
 def _write_sample(model: "Transformer", tokenizer: "Tokenizer") -> str:
-    """What the model makes of the beginning of a story; the same seed at each call."""
+    """What the model makes of the beginning of a story; the same seed at each call.
+
+    Or why it makes nothing of it: training goes on.
+    """
     from tramontane.engine.llm import LLM
     from tramontane.engine.sampling_params import SamplingParams
 
     params = SamplingParams(max_tokens=80, temperature=0.7, seed=0)
-    return LLM.from_parts(model, tokenizer).generate("Once upon a time", params).text
+    try:
+        return LLM.from_parts(model, tokenizer).generate("Once upon a time", params).text
+    except ConfigError as error:
+        return f"none ({error})"
 
 
 def _drop_unset(flags: dict[str, Any]) -> dict[str, Any]:

@@ -114,7 +114,8 @@ class Answer:
         assert skipped >= 0, (start, self._routing_start, self._num_routed)
         if skipped < len(experts):
             # Others in the pass may have more experts per token: columns that none here has.
-            width = int((experts[skipped:] >= 0).sum(-1).max())
+            is_used = np.flatnonzero((experts[skipped:] >= 0).any(axis=(0, 1)))
+            width = 1 + int(is_used.max(initial=0))
             self._routing.append((experts[skipped:, :, :width], weights[skipped:, :, :width]))
             self._num_routed += len(experts) - skipped
 

@@ -186,6 +186,14 @@ class BlockManager:
         owner.cache_chain.clear()
         owner.num_computed_tokens = owner.num_freed_blocks = 0
 
+    def forget_kept(self) -> None:
+        """No later prompt finds what blocks hold now. Nobody may hold any."""
+        assert not any(self._ref_counts), "blocks are held"
+        self._blank += self._idle
+        self._idle.clear()
+        self._content.clear()
+        self._block_of_digest.clear()
+
     def check_integrity(self, owners: Iterable[BlockOwner]) -> None:
         """Raise AssertionError unless every block is free or held as often as it is counted."""
         held = [0] * self.num_blocks
@@ -276,10 +284,8 @@ class BlockManager:
         if start == 0:
             assert owner.cache_root is not None
             parent: int | tuple = owner.cache_root
-            before = repr(parent).encode()
         else:
-            last = owner.cache_chain[-1]
-            parent, before = last.node, last.digest
-        data = before + array("q", token_ids).tobytes()
+            parent = owner.cache_chain[-1].node
+        data = repr(parent).encode() + array("q", token_ids).tobytes()
         digest = hashlib.blake2b(data, key=self._secret, digest_size=32).digest()
         return CachedBlock(digest, parent, token_ids, 0)

@@ -35,7 +35,7 @@ def choose_tokens(turns: Items[Turn], output: PassOutput, *, step: int = 0) -> l
     for turn in turns:
         sequence, row = turn
         if not is_finite[row]:
-            choices.append(Choice(sequence, error=_describe_damage()))
+            choices.append(Choice(sequence, error=describe_damage()))
         elif output.is_drawn:
             if not sequence.params.is_greedy:
                 sequence.sampler.draw_number()  # the one that it was drawn by
@@ -81,7 +81,8 @@ def _conclude(turn: Turn, token_id: int, output: PassOutput) -> Choice:
         return Choice(sequence, error=error)
 
 
-def _describe_damage() -> CheckpointError:
+def describe_damage() -> CheckpointError:
+    """Why nothing can be made of a row of scores."""
     return CheckpointError(
         "the model's scores are not finite (NaN or infinity); its weights are damaged, or overflow "
         "in this dtype: load it again, or with dtype float32"

@@ -4,6 +4,8 @@ What goes wrong with one sequence ends that one, with its error; what goes wrong
 sequences of that pass. The others go on, and no block of the cache is lost.
 """
 
+from tramontane.config import ModelConfig
+from tramontane.config.moe import CapacityOptions
 from tramontane.engine.block_manager import BlockManager
 from tramontane.engine.kv_cache import KVPool, count_block_bytes
 from tramontane.engine.limits import EngineLimits, EngineStats
@@ -12,6 +14,7 @@ from tramontane.engine.output_processor import OutputProcessor
 from tramontane.engine.scheduler import RefusedError, Scheduler, Share
 from tramontane.engine.sequence import Sequence
 from tramontane.engine.steps import plan_steps
+from tramontane.errors import ConfigError
 from tramontane.kernels.native_decoder import ONE_STEP, Steps
 from tramontane.models.transformer import Transformer
 
@@ -20,7 +23,8 @@ class Engine:
     """Runs the sequences that were added, within `limits`, first come first served.
 
     Only the first `vocab_size` ids are ever chosen: a model's head may be padded beyond them.
-    Raises CapacityError if there is no memory for the cache.
+    Raises CapacityError if there is no memory for the cache, and ConfigError on a model whose
+    answers would depend on the requests beside them.
     """
 
     def __init__(
@@ -31,6 +35,7 @@ class Engine:
         limits: EngineLimits | None = None,
     ) -> None:
         self.limits = limits or EngineLimits()
+        _require_independence(model.config)
         config, weight = model.config, model.tok_embeddings.weight
         self._window = config.sliding_window
         self._blocks = BlockManager(
@@ -114,8 +119,8 @@ class Engine:
 
         Raises CapacityError if it can never run, OverloadError if too many wait already.
         """
-        if self.num_unfinished == 0:
-            self._runner.refresh()
+        if self.num_unfinished == 0 and self._runner.refresh():
+            self._blocks.forget_kept()  # keys and values of other weights
         self._scheduler.add(sequence)
 
     def require_room(self, sequence: Sequence) -> None:
@@ -155,9 +160,18 @@ class Engine:
             output = self._runner.run(given, steps)
             return self._outputs.process(shares, given, output)
         except Exception as error:  # whatever it is, those that were not in this pass go on
-            return [
-                failed for sequence, _ in shares for failed in self._scheduler.fail(sequence, error)
-            ]
+            return self._end_pass(shares, error)
+
+    def _end_pass(self, shares: list[Share], error: Exception) -> list[Sequence]:
+        """End the sequences of a pass that failed, and those that were forked from them in it.
+
+        Returns them all, those among them that had ended before it failed.
+        """
+        forked = [s for s in self._scheduler.running if not s.num_pending_tokens]
+        touched = dict.fromkeys([*(sequence for sequence, _ in shares), *forked])
+        for sequence in list(touched):
+            touched |= dict.fromkeys(self._scheduler.fail(sequence, error))
+        return list(touched)
 
     def _plan_steps(self, shares: list[Share]) -> Steps:
         """One if somebody waits, drafts are to be proposed after each, or no call runs several."""
@@ -165,6 +179,16 @@ class Engine:
         if is_stepwise or self._scheduler.num_waiting:
             return ONE_STEP
         return plan_steps(shares, self._blocks, most=self.limits.max_num_steps)
+
+
+def _require_independence(config: ModelConfig) -> None:
+    options = config.moe.options if config.moe else None
+    if isinstance(options, CapacityOptions) and options.eval_capacity_factor > 0:
+        raise ConfigError(
+            f"eval_capacity_factor is {options.eval_capacity_factor:g}: which experts a token gets "
+            "would depend on the requests that run beside it; set it to 0 in the model's "
+            "configuration to generate with it"
+        )
 
 
 def _count_blocks(model: Transformer, limits: EngineLimits) -> int:

@@ -17,8 +17,8 @@ class EngineLimits:
     length, or as many tokens as `kv_cache_memory_bytes` hold; memory is occupied as it is used.
     `use_prefix_cache` keeps the blocks of prompts for others that begin alike. Where a text repeats
     itself, up to `max_num_drafts` tokens are guessed and run along (0: never). Up to
-    `max_num_steps` passes that need nothing but each sequence's likeliest token follow one another
-    in one call (`engine/steps.py`); 1: never more than one.
+    `max_num_steps` passes that need nothing but a token of each sequence's plain scores follow one
+    another in one call (`engine/steps.py`); 1: never more than one.
     """
 
     max_num_seqs: int = 128

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tramontane.engine.kv_cache import KVPool, PagedBatch, build_layer_states
-from tramontane.engine.native_model import build_native_model
+from tramontane.engine.native_model import build_native_model, list_tensor_states
 from tramontane.engine.scheduler import Share
 from tramontane.kernels.native_decoder import ONE_STEP, Steps
 from tramontane.kernels.reference import NO_EXPERT
@@ -59,6 +59,7 @@ class ModelRunner:
     def __init__(self, model: Transformer, pool: KVPool, *, vocab_size: int) -> None:
         self._model, self._pool, self._vocab_size = model, pool, vocab_size
         self._native = build_native_model(model, num_choices=vocab_size)
+        self._state = list_tensor_states(model)
         self._device = model.tok_embeddings.weight.device
         self._steady: _SteadyBatch | None = None
 
@@ -71,10 +72,14 @@ class ModelRunner:
         """Seconds so far in each part of the model; empty unless it runs as one native call."""
         return {} if self._native is None else self._native.list_seconds()
 
-    def refresh(self) -> None:
-        """Notice that the model has got other weights, in training for example."""
-        if self._native is None or not self._native.is_current():
-            self._native = build_native_model(self._model, num_choices=self._vocab_size)
+    def refresh(self) -> bool:
+        """Notice that the model has got other weights, in training for example; True if it has."""
+        state = list_tensor_states(self._model)
+        if state == self._state:
+            return False
+        self._native = build_native_model(self._model, num_choices=self._vocab_size)
+        self._state = state
+        return True
 
     def prepare(self, shares: list[Share], *, num_steps: int = 1) -> PassInput:
         """Lay out the tokens of these shares, and see which of them need scores.

@@ -49,9 +49,9 @@ class NativeModel:
     ) -> None:
         config = model.config
         assert config.moe is not None
-        self._model, self._config = model, config
-        self._state = _list_state(model)
+        self._config = config
         self._first = next(model.parameters())
+        self._address = self._first.data_ptr()
         # What the extension reads stays, even if the model gets other weights.
         self._kept = [tensor.untyped_storage() for tensor in _list_tensors(model)]
         self._rope = RopeAngles(torch.empty(0), torch.empty(0))
@@ -83,7 +83,7 @@ class NativeModel:
 
         Raises CapacityError if there is no memory for so many tokens.
         """
-        if self._first.data_ptr() != self._state[0].address:
+        if self._first.data_ptr() != self._address:
             return None
         rope = self._find_rope(batch.longest)
         try:
@@ -103,10 +103,6 @@ class NativeModel:
                 f"no memory to run {len(tokens)} tokens at once; lower max_num_batched_tokens"
             ) from error
 
-    def is_current(self) -> bool:
-        """Whether the model still has the weights it had, where they were."""
-        return _list_state(self._model) == self._state
-
     def list_seconds(self) -> dict[str, float]:
         """Seconds that all runs have spent in each part of the model."""
         return self._decoder.list_seconds()
@@ -121,18 +117,25 @@ class NativeModel:
         return self._rope
 
 
-class _TensorState(NamedTuple):
+class TensorState(NamedTuple):
+    """Differs if a tensor is another, or was written to since."""
+
     address: int
     dtype: torch.dtype
     shape: torch.Size
+    version: int
 
 
 def _list_tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def _list_state(model: nn.Module) -> list[_TensorState]:
-    return [_TensorState(t.data_ptr(), t.dtype, t.shape) for t in _list_tensors(model)]
+def list_tensor_states(model: nn.Module) -> list[TensorState]:
+    """Of all weights: equal if the model still has those it had."""
+    return [
+        TensorState(t.data_ptr(), t.dtype, t.shape, 0 if t.is_inference() else t._version)
+        for t in _list_tensors(model)
+    ]
 
 
 def build_native_model(model: Transformer, *, num_choices: int | None = None) -> NativeModel | None:
@@ -197,8 +200,10 @@ def _list_weights(layer: nn.Module, config: ModelConfig) -> LayerWeights | None:
 
 
 def _find_stacks(experts: nn.Module) -> tuple[Weight, Weight, Weight] | None:
-    if type(experts) is GroupedExperts and experts.w1.dtype in TYPES:
-        return experts.w1, experts.w2, experts.w3
+    if type(experts) is GroupedExperts:
+        stacks = (experts.w1, experts.w2, experts.w3)
+        has_types = all(stack.dtype in TYPES for stack in stacks)
+        return stacks if has_types and experts.w1.dtype == experts.w3.dtype else None
     if type(experts) is not QuantizedExperts:
         return None
     w1, w2, w3 = experts.w1.packed, experts.w2.packed, experts.w3.packed

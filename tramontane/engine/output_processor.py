@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tramontane.engine.block_manager import BlockManager
-from tramontane.engine.choosing import Choice, Turn, choose_tokens
+from tramontane.engine.choosing import Choice, Turn, choose_tokens, describe_damage
 from tramontane.engine.drafts import DraftSource
 from tramontane.engine.logprobs import compute_logprobs
 from tramontane.engine.model_runner import PassInput, PassOutput
@@ -127,11 +127,15 @@ class OutputProcessor:
         """The tokens of a part have run; whether its drafts are right is not yet known."""
         sequence, num_tokens = part.sequence, part.num_tokens - part.num_drafts
         if sequence.wants_prompt_logprobs:
-            rows = output.logits[part.first_row : part.first_row + part.num_rows]
-            self._record_prompt_logprobs(sequence, rows)
+            rows = slice(part.first_row, part.first_row + part.num_rows)
+            if not all(output.is_finite[0][rows]):
+                raise describe_damage()
+            self._record_prompt_logprobs(sequence, output.logits[rows])
         if sequence.request.wants_embedding:
-            hidden = output.hidden[part.start : part.start + num_tokens]
-            sequence.answer.add_hidden(sequence.num_computed_tokens, hidden.double().cpu().numpy())
+            hidden = output.hidden[part.start : part.start + num_tokens].double()
+            if not hidden.isfinite().all():
+                raise describe_damage()
+            sequence.answer.add_hidden(sequence.num_computed_tokens, hidden.cpu().numpy())
         self._advance(part, routing, start=0, num_tokens=num_tokens)
         if not sequence.params.max_tokens and not sequence.num_pending_tokens:
             sequence.finish("length")

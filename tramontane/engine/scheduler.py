@@ -198,8 +198,9 @@ class Scheduler:
             num_kept = self._blocks.match_prefix(sequence)
         except Exception as error:  # the engine ends this sequence with it, whatever it is
             raise RefusedError(sequence) from error
-        whole = self._blocks.count_blocks(len(sequence.token_ids))
-        needed = min(whole, self._blocks.count_missing(sequence, sequence.num_pending_tokens))
+        num_held = len(sequence.block_table) - sequence.num_freed_blocks
+        others = self._blocks.count_blocks(len(sequence.token_ids)) - num_held  # at one time
+        needed = min(others, self._blocks.count_missing(sequence, sequence.num_pending_tokens))
         spare = len(self.running)  # a block for the next token of each
         if needed + spare > self._blocks.num_free:
             self._blocks.free(sequence)

@@ -69,6 +69,7 @@ def moe_experts(
     fits = (
         w3.shape == w1.shape
         and w2.shape == (num_experts, dim, hidden_dim)
+        and w3.dtype == w1.dtype
         and x.shape == (len(experts), dim)
     )
     firsts = (w1[:1], w2[:1], w3[:1])  # the matrices of a stack may lie apart
@@ -93,6 +94,7 @@ def quantized_experts(
     fits = (
         (w3.in_features, w3.out_features, w3.group_size) == (dim, hidden_dim, w1.group_size)
         and (w2.in_features, w2.out_features) == (hidden_dim, dim)
+        and len(w1.qweight) == len(w2.qweight) == len(w3.qweight)
         and x.shape == (len(experts), dim)
     )
     if not (fits and _is_routing(weights, experts) and _runs_natively(x)):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from tramontane.config import ModelConfig, MoeConfig
+from tramontane.kernels.dispatch import get_kernels
 from tramontane.kernels.reference import widen
 from tramontane.nn.experts import GroupedExperts
 from tramontane.nn.feed_forward import FeedForward
@@ -46,7 +47,8 @@ class ResidualMoeLayer(MoeLayer):
     def forward(self, x: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Routing]:
         """x (T, D) -> (y (T, D), Routing); counts as in `MoeLayer`."""
         y, routing = super().forward(x, counts)
-        share = torch.softmax(widen(self.mix(x)), dim=-1)  # (T, 2)
+        scores = get_kernels().linear(x, self.mix.weight) + self.mix.bias
+        share = torch.softmax(widen(scores), dim=-1)  # (T, 2)
         dense, _ = self.residual(x)
         return (share[:, :1] * y + share[:, 1:] * dense).to(x.dtype), routing
 

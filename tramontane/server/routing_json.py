@@ -50,18 +50,18 @@ def encode_npy(completion: Completion, *, prompt_start: int = 0) -> str:
 def _describe(
     text: str, token_id: int, experts: np.ndarray | None, weights: np.ndarray | None
 ) -> RoutedPiece:
-    """(L, K) as lists per layer, without the -1 of a token that ran through fewer experts."""
+    """(L, K) as lists per layer, without the -1 of a slot that has no expert."""
     if experts is None:
         return {"text": text, "token_id": token_id, "experts": None, "weights": None}
+    assert weights is not None, "experts come with their weights"
     rows: list[list[int]] = experts.tolist()
-    shares: list[list[float]] = [] if weights is None else weights.tolist()
-    kept = [[expert for expert in row if expert >= 0] for row in rows]
+    shares: list[list[float]] = weights.tolist()
     return {
         "text": text,
         "token_id": token_id,
-        "experts": kept,
+        "experts": [[expert for expert in row if expert >= 0] for row in rows],
         "weights": [
-            [round(share, _DIGITS) for share in layer[: len(row)]]
-            for layer, row in zip(shares, kept, strict=True)
+            [round(share, _DIGITS) for share, expert in zip(layer, row, strict=True) if expert >= 0]
+            for layer, row in zip(shares, rows, strict=True)
         ],
     }
