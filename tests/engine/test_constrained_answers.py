@@ -61,14 +61,17 @@ def test_answers_satisfy_some_hundred_schemas(llm: LLM) -> None:
 
 
 def test_an_object_of_any_kind(llm: LLM) -> None:
-    completions = [answer(llm, "json_object", "", seed=seed) for seed in range(4)]
+    # A model that has read stories ends no text of its own accord.
+    bias = {llm.tokenizer.encode(mark)[-1]: 6.0 for mark in ('"', "}")}
+    completions = [answer(llm, "json_object", "", seed=s, logit_bias=bias) for s in range(8)]
     ended = [one for one in completions if one.finish_reason == "stop"]
     assert ended
     assert all(isinstance(json.loads(one.text), dict) for one in ended)
 
 
 @pytest.mark.parametrize(
-    "pattern", [r"Her name is [A-Z][a-z]{1,9}\.", r"(\d{1,3}, ){2}\d+!", r"(yes|no)( \w{1,8})?\."]
+    "pattern",
+    [r"Her name is [A-Z][a-z]{1,9}\.", r"(\d{1,3}, ){2}\d{1,4}!", r"(yes|no)( \w{1,8})?\."],
 )
 def test_regex_answers_match(llm: LLM, pattern: str) -> None:
     completions = [answer(llm, "regex", pattern, seed=seed) for seed in range(3)]

@@ -65,7 +65,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def compiler(tokenizer: Tokenizer) -> Iterator[ConstraintCompiler]:
-    compiler = build_compiler(tokenizer)
+    compiler = build_compiler(tokenizer, compile_seconds=10)  # on a machine at work too
     yield compiler
     compiler.close()
 
